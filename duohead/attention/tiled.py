@@ -1,0 +1,161 @@
+"""The portable fast path: query tiles over the key pieces that they can reach, through PyTorch's own attention.
+
+A streaming head's tile reads its sinks, the ring and a band of the chunk, so prefill costs grow with the length, not
+with its square. Long pasts are merged piece by piece with a running softmax, so that a decoded piece and a tile of
+scores are the only temporaries. Runs on any device that torch supports, with gradients.
+
+Shape letters: B rows, G KV heads of one kind, R query heads per KV head, Q query tokens, K key tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from duohead.cache.view import HeadView, MaskedPiece
+
+BAND_TILE = 256
+FULL_TILE = 512
+JOIN_LIMIT = 8192
+JOIN_QUERIES = 8
+FLOOR = -1e30
+
+
+def attend(
+    query: Tensor,
+    view: HeadView,
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of queries [B, G, R, Q, D] over a view; returns [B, G, R, Q, D]. Arguments as in the reference."""
+    plain = softcap is None and sink_logits is None
+    count = query.shape[3]
+    if plain and _is_causal(view, count):
+        return _sdpa(query, view.keys, view.values, None, scale=scale, causal=count > 1)
+    tile = FULL_TILE if view.reach is None else BAND_TILE
+    if not (plain and _is_short(view, count)):
+        tiles = [
+            _merge(
+                query[:, :, :, start : start + tile],
+                view.pieces(start, min(start + tile, count)),
+                scale=scale,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
+            for start in range(0, count, tile)
+        ]
+    else:
+        tiles = list(_joined_tiles(query, view, tile, scale=scale))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=3)
+
+
+def _joined_tiles(query: Tensor, view: HeadView, tile: int, *, scale: float) -> Iterator[Tensor]:
+    """The tiles in order, each one call of PyTorch's attention; tiles far from the start share one mask."""
+    count = query.shape[3]
+    shared: Tensor | None = None
+    for start in range(0, count, tile):
+        stop = min(start + tile, count)
+        part = query[:, :, :, start:stop]
+        keys, values, position, sinks = zip(*view.reads(start, stop), strict=True)
+        whole_and_steady = stop - start == tile and view.steady(start)
+        if shared is None or not whole_and_steady:
+            masks = [
+                view.mask(view.query_position[:, start:stop], place, sinks=is_sink)
+                for place, is_sink in zip(position, sinks, strict=True)
+            ]
+            mask = _join(masks, dim=-1)
+            shared = mask if whole_and_steady else None
+        else:
+            mask = shared
+        yield _sdpa(part, _join(keys, dim=2), _join(values, dim=2), mask, scale=scale)
+
+
+def _is_causal(view: HeadView, count: int) -> bool:
+    """Whether the view is just these tokens under the plain causal mask."""
+    within = view.reach is None or count <= view.reach
+    return (
+        len(view.past) == 0
+        and view.sinks is None
+        and not view.padded
+        and within
+        and view.keys.shape[2] == count
+    )
+
+
+def _is_short(view: HeadView, count: int) -> bool:
+    """Whether to join the keys that one tile reaches: they fit, and there are queries enough to pay for the copy."""
+    if view.reach is not None:
+        return view.reach <= JOIN_LIMIT
+    past = sum(piece.position.shape[1] for piece in view.past)
+    return len(view.past) == 0 or (count > JOIN_QUERIES and past + view.keys.shape[2] <= JOIN_LIMIT)
+
+
+def _join(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    rows = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], dim=dim)
+
+
+def _sdpa(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> Tensor:
+    shape = query.shape
+    out = F.scaled_dot_product_attention(
+        query.flatten(1, 2),
+        keys,
+        values,
+        mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=shape[2] > 1,
+    )
+    return out.unflatten(1, shape[1:3])
+
+
+def _merge(
+    query: Tensor,
+    pieces: Iterable[MaskedPiece],
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Softmax over all pieces with a running maximum, one piece in memory at a time; in fp32 or wider."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    shape = query.shape
+    folded = query.to(wide).flatten(2, 3) * scale
+    top: Tensor | None = None
+    for keys, values, mask in pieces:
+        scores = (folded @ keys.to(wide).transpose(-1, -2)).unflatten(2, shape[2:4])
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask[:, :, None], FLOOR)
+        best = scores.amax(-1, keepdim=True)
+        new_top = best if top is None else torch.maximum(top, best)
+        weights = (scores - new_top).exp().masked_fill(~mask[:, :, None], 0.0)
+        gain = (weights.flatten(2, 3) @ values.to(wide)).unflatten(2, shape[2:4])
+        if top is None:
+            total, out = weights.sum(-1, keepdim=True), gain
+        else:
+            fade = (top - new_top).exp()
+            total, out = total * fade + weights.sum(-1, keepdim=True), out * fade + gain
+        top = new_top
+    assert top is not None, "a view always has the new tokens as a piece"
+    if sink_logits is not None:
+        logit = sink_logits.to(wide)[None, :, :, None, None]
+        new_top = torch.maximum(top, logit)
+        fade = (top - new_top).exp()
+        total, out = total * fade + (logit - new_top).exp(), out * fade
+    return (out / total).to(query.dtype)

@@ -1,0 +1,182 @@
+"""Storage codecs for keys and values: plain tensor functions, encode beside decode.
+
+A codec turns vectors [..., D] into a payload and, where it scales, one or two 16-bit numbers per vector and group, and
+back. Tokens are encoded once, when they arrive, and attention always reads the decoded form, so that a result does not
+depend on whether a token was seen in its own chunk or from the cache. Error bounds are in docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Encoded = tuple[Tensor, ...]
+FP8_MAX = 448.0
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One storage format.
+
+    ``encode`` maps float [..., D] to a tuple of tensors that all keep the leading dimensions; ``decode`` maps it back
+    to float [..., D] of the asked dtype; ``parts`` gives (dtype, last dimension) of each stored tensor for a head size.
+    """
+
+    name: str
+    encode: Callable[[Tensor], Encoded]
+    decode: Callable[[Encoded, int, torch.dtype], Tensor]
+    parts: Callable[[int], tuple[tuple[torch.dtype, int], ...]]
+
+    def vector_bytes(self, head_dim: int) -> int:
+        """Bytes that one key or value vector of ``head_dim`` numbers takes."""
+        return sum(dtype.itemsize * width for dtype, width in self.parts(head_dim))
+
+    def round_trip(self, x: Tensor) -> Tensor:
+        """What attention sees of ``x`` [..., D] once it is stored; same shape and dtype."""
+        return self.decode(self.encode(x), x.shape[-1], x.dtype)
+
+
+def _raw(name: str, dtype: torch.dtype) -> Codec:
+    return Codec(
+        name=name,
+        encode=lambda x: (x.to(dtype),),
+        decode=lambda stored, head_dim, out: stored[0].to(out),
+        parts=lambda head_dim: ((dtype, head_dim),),
+    )
+
+
+def _encode_fp8(x: Tensor) -> Encoded:
+    """e4m3 with one fp16 scale per vector; stored as uint8 because float8 lacks index_copy and gather on CPU."""
+    x32 = x.float()
+    scale = _half_up(x32.abs().amax(-1, keepdim=True) / FP8_MAX)
+    stored = (x32 / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return stored.view(torch.uint8), scale
+
+
+def _decode_fp8(stored: Encoded, head_dim: int, out: torch.dtype) -> Tensor:
+    payload, scale = stored
+    return (payload.view(torch.float8_e4m3fn).float() * scale.float()).to(out)
+
+
+def _encode_int8(x: Tensor) -> Encoded:
+    """Symmetric int8 with one fp16 scale per vector."""
+    x32 = x.float()
+    scale = _half_up(x32.abs().amax(-1, keepdim=True) / 127.0)
+    return (x32 / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _decode_int8(stored: Encoded, head_dim: int, out: torch.dtype) -> Tensor:
+    payload, scale = stored
+    return (payload.float() * scale.float()).to(out)
+
+
+def _encode_int4(x: Tensor) -> Encoded:
+    """Asymmetric int4 in groups along the head dimension: fp16 scale and minimum per group, even element low nibble."""
+    head_dim = x.shape[-1]
+    group = _group(head_dim)
+    x32 = x.float().unflatten(-1, (head_dim // group, group))
+    # The stored (rounded) minimum is what decode adds, so the scale must span from it to the maximum.
+    minimum = _to_half(x32.amin(-1))
+    top = (x32.amax(-1) - minimum.float()).clamp(min=0.0)
+    scale = _half_up(top / 15.0)
+    level = (
+        ((x32 - minimum.float()[..., None]) / scale.float()[..., None])
+        .round()
+        .clamp(0, 15)
+        .to(torch.uint8)
+    )
+    level = level.flatten(-2)
+    return level[..., 0::2] | (level[..., 1::2] << 4), scale, minimum
+
+
+def _decode_int4(stored: Encoded, head_dim: int, out: torch.dtype) -> Tensor:
+    payload, scale, minimum = stored
+    group = _group(head_dim)
+    level = torch.stack((payload & 0xF, payload >> 4), dim=-1).flatten(-2)
+    grouped = level.float().unflatten(-1, (head_dim // group, group))
+    return (grouped * scale.float()[..., None] + minimum.float()[..., None]).flatten(-2).to(out)
+
+
+def _int4_parts(head_dim: int) -> tuple[tuple[torch.dtype, int], ...]:
+    groups = head_dim // _group(head_dim)
+    return (torch.uint8, head_dim // 2), (torch.float16, groups), (torch.float16, groups)
+
+
+def _group(head_dim: int) -> int:
+    """Largest even divisor of the head size that is at most GROUP."""
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim must be even for int4 storage, got {head_dim}; use 'int8' for this model"
+        )
+    return max(size for size in range(2, min(head_dim, GROUP) + 1, 2) if head_dim % size == 0)
+
+
+def _to_half(x: Tensor) -> Tensor:
+    return x.clamp(-65504.0, 65504.0).half()
+
+
+def _half_up(scale: Tensor) -> Tensor:
+    """fp16 no smaller than ``scale`` (so that nothing saturates) and no smaller than the least normal fp16."""
+    tiny = torch.finfo(torch.float16).tiny
+    half = _to_half(scale.clamp(min=tiny))
+    step = torch.where(half.float() < scale, 1, 0).to(torch.int16)
+    # Adding one to the bits of a positive finite half is the next larger half; the clamp keeps infinity out.
+    return (half.view(torch.int16) + step).clamp(max=0x7BFF).view(torch.float16)
+
+
+_CODECS = {
+    "fp32": _raw("fp32", torch.float32),
+    "fp16": _raw("fp16", torch.float16),
+    "bf16": _raw("bf16", torch.bfloat16),
+    "fp64": _raw("fp64", torch.float64),
+    "fp8": Codec("fp8", _encode_fp8, _decode_fp8, lambda d: ((torch.uint8, d), (torch.float16, 1))),
+    "int8": Codec(
+        "int8", _encode_int8, _decode_int8, lambda d: ((torch.int8, d), (torch.float16, 1))
+    ),
+    "int4": Codec("int4", _encode_int4, _decode_int4, _int4_parts),
+}
+NAMES = ("auto", "bf16", "fp8", "int8", "int4")
+_NATIVE = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+}
+
+
+def get(name: str, *, native: torch.dtype) -> Codec:
+    """The codec called ``name``; "auto" stores the model's own dtype ``native`` unchanged.
+
+    Raises:
+        ValueError: unknown name, or a native dtype that is not a floating-point type of 2 to 8 bytes.
+    """
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"storage dtype must be one of {', '.join(NAMES)}, got {name!r}")
+    if name != "auto":
+        return _CODECS[name]
+    if native not in _NATIVE:
+        raise ValueError(
+            f"dtype must be a floating-point type that a model computes in, got {native}; "
+            f"use one of {', '.join(str(dtype) for dtype in _NATIVE)}"
+        )
+    return _CODECS[_NATIVE[native]]
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A torch dtype from itself or from its name ("bfloat16", "bf16", "torch.float32")."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    for candidate, short in _NATIVE.items():
+        if dtype in (short, str(candidate), str(candidate).removeprefix("torch.")):
+            return candidate
+    raise ValueError(f"dtype must name a floating-point type such as 'bfloat16', got {dtype!r}")
+
+
+def bits_per_number(name: str, head_dim: int, *, native: torch.dtype = torch.bfloat16) -> float:
+    """Storage cost in bits per stored number, scales included."""
+    return 8 * get(name, native=native).vector_bytes(head_dim) / head_dim if head_dim else math.nan

@@ -1,0 +1,347 @@
+"""Head patterns on disk: our folder, the reference code's TSV, the Laguna adapter, and a repository of the hub.
+
+A pattern decides what a model forgets, so a damaged or foreign file must end in an error that says what was expected,
+what was found and what to do, and never in a guess; nothing is ever unpickled into live objects. `read` returns the
+fields of a `HeadPattern`, `contents` the files of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MODEL_TYPE = "duohead"
+FORMAT_VERSION = 1
+CONFIG, TSV, TENSORS, PICKLE = (
+    "config.json",
+    "full_attention_heads.tsv",
+    "duohead.safetensors",
+    "full_attention_heads.pt",
+)
+ADAPTER = "duo_attention"
+PRECISIONS = ("retrieval_dtype", "streaming_dtype", "window_dtype")
+
+# Trained gates overshoot [0, 1] by a rounding error or an optimiser step; further out it is no file of gates.
+RAW_RANGE = (-1.0, 2.0)
+
+Alpha = NDArray[np.float32]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The `HeadPattern` fields that a folder holds, whichever of the three formats it has.
+
+    Raises:
+        ValueError: the folder is missing, of no known format, or damaged.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name the folder that holds {CONFIG} and {TSV}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; name a folder that holds {CONFIG} and {TSV}")
+    config = _json(folder / CONFIG) if (folder / CONFIG).exists() else None
+    if (config or {}).get("model_type") == MODEL_TYPE or (folder / TENSORS).exists():
+        return _read_own(folder, config)
+    if (folder / ADAPTER).is_dir() or ADAPTER in (config or {}):
+        return _read_adapter(folder, config or {})
+    if (folder / TSV).exists():
+        return _read_upstream(folder, config)
+    found = sorted(path.name for path in folder.iterdir())
+    raise ValueError(
+        f"{folder} holds no head pattern: expected {CONFIG} with {TSV}, or {ADAPTER}/{PICKLE}, "
+        f"found {', '.join(found[:8]) or 'nothing'}; `duohead identify` writes one"
+    )
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """Folder of a hub repository's pattern files, downloaded if the hub can be reached and they are not here yet."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"{name}: no such folder, and not a hub id either; name a pattern's folder or owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = [CONFIG, TSV, TENSORS, f"{ADAPTER}/*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what huggingface_hub documents for every failure, offline included
+        raise ValueError(
+            f"{name}: no such folder, and it cannot be had from the hub ({_first_line(error)}); "
+            f"check the name and the connection, or name a local folder"
+        ) from error
+
+
+def contents(fields: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a pattern in our format, name to content; `fields` are those that `read` returns."""
+    from safetensors.numpy import save
+
+    alpha: Alpha = fields["alpha"]
+    selection = dict(fields["selection"])
+    precisions = {name: selection.pop(name) for name in PRECISIONS if name in selection}
+    config = {
+        "model_type": MODEL_TYPE,
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": fields["base_model"],
+        "base_model_revision": fields["base_revision"],
+        "base_model_type": fields["base_type"],
+        "sink_size": fields["sink"],
+        "recent_size": fields["recent"],
+        "num_hidden_layers": alpha.shape[0],
+        "num_key_value_heads": alpha.shape[1],
+        "key_value_heads_per_layer": fields["kv_heads"],
+        "gated_layers": (~np.isnan(alpha)).any(axis=1).tolist(),
+        "native_windows": fields["windows"],
+        "selection": selection,
+        "precisions": precisions,
+        "training": dict(fields["training"]),
+    }
+    # Nine digits are what it takes to tell any two float32 values apart.
+    rows = ("\t".join(f"{float(value):.9g}" for value in row) for row in alpha)
+    return {
+        TENSORS: save({"alpha": np.ascontiguousarray(alpha)}),
+        TSV: ("\n".join(rows) + "\n").encode(),
+        CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
+    }
+
+
+def _read_own(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
+    path = folder / CONFIG
+    if config is None:
+        raise ValueError(
+            f"{path} is missing beside {TENSORS}; copy the folder whole, or identify again"
+        )
+    found = config.get("model_type")
+    if found != MODEL_TYPE:
+        raise ValueError(
+            f"{path}: model_type must be {MODEL_TYPE!r} beside {TENSORS}, got {found!r}; copy it whole"
+        )
+    version = _integer(config, "format_version", path, minimum=1)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {version} is newer than the {FORMAT_VERSION} that this duohead reads; upgrade it"
+        )
+    shape = (
+        _integer(config, "num_hidden_layers", path, minimum=1),
+        _integer(config, "num_key_value_heads", path, minimum=1),
+    )
+    alpha = _read_tensors(folder / TENSORS)
+    table = _read_tsv(folder / TSV)
+    for file, values in ((TENSORS, alpha), (TSV, table)):
+        if values.shape != shape:
+            raise ValueError(
+                f"{folder / file}: expected {shape[0]} layers x {shape[1]} KV heads as {CONFIG} says, "
+                f"found {values.shape[0]} x {values.shape[1]}; copy the folder whole, or identify again"
+            )
+    if not np.array_equal(alpha, table.astype(np.float32), equal_nan=True):
+        raise ValueError(
+            f"{folder}: {TSV} and {TENSORS} hold different alphas; if one was edited on purpose, load the TSV with "
+            f"HeadPattern.from_alpha and save again"
+        )
+    _check_range(alpha, folder / TENSORS, 0.0, 1.0)
+    gated = (~np.isnan(alpha)).any(axis=1).tolist()
+    if config.get("gated_layers", gated) != gated:
+        raise ValueError(
+            f"{path}: gated_layers disagrees with the alphas in {TENSORS}; copy the folder whole"
+        )
+    return {
+        "alpha": alpha,
+        "sink": _integer(config, "sink_size", path, minimum=0),
+        "recent": _integer(config, "recent_size", path, minimum=1),
+        "base_model": _optional(config, "base_model_name_or_path", path, str),
+        "base_revision": _optional(config, "base_model_revision", path, str),
+        "base_type": _optional(config, "base_model_type", path, str),
+        "kv_heads": _optional(config, "key_value_heads_per_layer", path, list),
+        "windows": _optional(config, "native_windows", path, list),
+        "selection": {
+            **(_optional(config, "selection", path, dict) or {}),
+            **(_optional(config, "precisions", path, dict) or {}),
+        },
+        "training": _optional(config, "training", path, dict) or {},
+    }
+
+
+def _read_upstream(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
+    path = folder / CONFIG
+    if config is None:
+        raise ValueError(f"{path} is missing beside {TSV}; it must hold sink_size and recent_size")
+    # The reference code stores its whole command line; what is not about training would only mislead.
+    training = {
+        key: config[key]
+        for key in ("dataset_format", "lr", "num_steps", "reg_weight")
+        if key in config
+    }
+    return {
+        "alpha": _clipped(_read_tsv(folder / TSV), folder / TSV),
+        "sink": _integer(config, "sink_size", path, minimum=0),
+        "recent": _integer(config, "recent_size", path, minimum=1),
+        "base_model": _optional(config, "model_name", path, str),
+        "training": training,
+    }
+
+
+def _read_adapter(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    path = folder / ADAPTER / CONFIG
+    settings = _json(path) if path.exists() else config.get(ADAPTER)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{folder} holds an adapter without settings: expected {ADAPTER}/{CONFIG}, or a mapping {ADAPTER!r} in "
+            f"{CONFIG}, found {type(settings).__name__}; download the repository whole"
+        )
+    if not path.exists():
+        path = folder / CONFIG
+    pickle_file, table = folder / ADAPTER / PICKLE, folder / ADAPTER / TSV
+    if pickle_file.exists():
+        alpha = _clipped(_read_pickle(pickle_file), pickle_file)
+    elif table.exists():
+        alpha = _clipped(_read_tsv(table), table)
+    else:
+        raise ValueError(
+            f"{folder / ADAPTER} holds neither {PICKLE} nor {TSV}; download the repository whole"
+        )
+    return {
+        "alpha": alpha,
+        "sink": _integer(settings, "sink_size", path, minimum=0),
+        "recent": _integer(settings, "recent_size", path, minimum=1),
+        "base_model": _optional(settings, "base_model_name_or_path", path, str)
+        or _optional(settings, "base_model", path, str),
+        "base_revision": _optional(settings, "base_model_revision", path, str),
+        "base_type": _optional(config, "model_type", folder / CONFIG, str),
+    }
+
+
+def _read_tsv(path: Path) -> NDArray[np.float64]:
+    if not path.exists():
+        raise ValueError(f"{path} is missing; copy the folder whole, or identify again")
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected tab-separated numbers, found binary data; is it the right file?"
+        ) from error
+    rows: list[list[float]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append([float(cell) for cell in line.split()])
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: expected tab-separated numbers, {_first_line(error)}"
+            ) from error
+        if len(rows[-1]) != len(rows[0]):
+            raise ValueError(
+                f"{path}, line {number}: expected {len(rows[0])} values as in line 1, found {len(rows[-1])}; "
+                f"the file may be truncated, copy it again"
+            )
+    if not rows or not rows[0]:
+        raise ValueError(f"{path}: expected one row of alphas per layer, found none; copy it again")
+    return np.array(rows, dtype=np.float64)
+
+
+def _read_tensors(path: Path) -> Alpha:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    if not path.exists():
+        raise ValueError(f"{path} is missing; copy the folder whole, or identify again")
+    try:
+        tensors = load(path.read_bytes())
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a safetensors file, but it cannot be read ({_first_line(error)}); "
+            f"it may be truncated, copy it again"
+        ) from error
+    alpha = tensors.get("alpha")
+    if alpha is None or alpha.ndim != 2 or alpha.dtype != np.float32:
+        found = {name: f"{tensor.dtype} {tensor.shape}" for name, tensor in tensors.items()}
+        raise ValueError(
+            f"{path}: expected one float32 matrix 'alpha', found {found}; identify again"
+        )
+    return alpha
+
+
+def _read_pickle(path: Path) -> NDArray[np.float64]:
+    import torch
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file may fail anywhere in the reader
+        raise ValueError(
+            f"{path}: refused, it is not a plain tensor saved by torch.save ({_first_line(error)}); nothing in it was "
+            f"run; use the {TSV} instead, or get the file from a source you trust"
+        ) from error
+    if not isinstance(value, torch.Tensor) or value.ndim != 2 or value.is_complex():
+        found = (
+            f"shape {tuple(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(f"{path}: expected one tensor (layers, KV heads), found {found}")
+    return value.double().numpy()
+
+
+def _clipped(values: NDArray[np.float64], path: Path) -> Alpha:
+    if np.isnan(values).any():
+        layer, head = np.argwhere(np.isnan(values))[0]
+        raise ValueError(
+            f"{path}: alpha of layer {layer}, KV head {head} is nan, which only duohead's own format gives a meaning "
+            f"(not gated); the training run diverged, or use HeadPattern.from_alpha if it was meant so"
+        )
+    _check_range(values, path, *RAW_RANGE)
+    return np.clip(values, 0.0, 1.0).astype(np.float32)
+
+
+def _check_range(values: NDArray[Any], path: Path, low: float, high: float) -> None:
+    outside = np.argwhere(~np.isnan(values) & ~((values >= low) & (values <= high)))
+    if len(outside):
+        layer, head = outside[0]
+        raise ValueError(
+            f"{path}: alphas must lie in [{low:g}, {high:g}], got {values[layer, head]:g} in layer {layer}, "
+            f"KV head {head}; the file is damaged or not a table of gates"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise ValueError(
+            f"{path}: expected JSON, got something else ({_first_line(error)}); copy it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: expected a JSON object, got {type(value).__name__}; copy it again"
+        )
+    return value
+
+
+def _integer(config: Mapping[str, Any], key: str, path: Path, *, minimum: int) -> int:
+    value = config.get(key)
+    # Some writers turn 128 into 128.0.
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        found = "nothing" if key not in config else repr(value)
+        raise ValueError(
+            f"{path}: {key} must be an integer >= {minimum}, got {found}; correct it there"
+        )
+    return value
+
+
+def _optional(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
+    value = config.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(
+            f"{path}: {key} must be of type {kind.__name__} or null, got {value!r}; correct it there"
+        )
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

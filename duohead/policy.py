@@ -1,0 +1,342 @@
+"""What to do with each head: its kind, its window and its storage precision, per layer and KV head.
+
+A `HeadPolicy` is frozen, hashable and JSON, so that it can travel with a model, key a compiled graph and be named in a
+record by its digest. It predicts the bytes of the cache that `duohead.cache` allocates for it, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+
+from duohead import codec
+from duohead.shapes import LayerShape, layer_shapes
+
+Visibility = Literal["token", "chunk"]
+MIN_STEP = 16
+MAX_STEP = 16384
+
+
+def capacity(tokens: int) -> int:
+    """Slots a growing store holds for ``tokens`` tokens: at most an eighth more than needed, a power of two exactly.
+
+    The steps are an eighth of the octave below, between MIN_STEP and MAX_STEP, so that growth needs few allocations and
+    the size depends on the length alone, never on how the tokens arrived.
+    """
+    if tokens <= 0:
+        return 0
+    step = min(max((1 << (tokens - 1).bit_length()) // 16, MIN_STEP), MAX_STEP)
+    return -(-tokens // step) * step
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """The heads of one layer.
+
+    ``num_kv_heads`` 0 means the layer has no KV cache. ``retrieval`` lists the retrieval heads, ascending; all others
+    stream. ``window`` is the layer's native sliding window, which holds for both kinds; None means global.
+    """
+
+    num_kv_heads: int
+    retrieval: tuple[int, ...] = ()
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        heads = self.retrieval
+        if list(heads) != sorted(set(heads)) or any(
+            not 0 <= head < self.num_kv_heads for head in heads
+        ):
+            raise ValueError(
+                f"retrieval must list distinct KV heads in 0..{self.num_kv_heads - 1} in ascending order, got {heads}"
+            )
+        if self.window is not None and (not _is_int(self.window) or self.window < 1):
+            raise ValueError(f"window must be None or an integer >= 1, got {self.window!r}")
+
+    @property
+    def streaming(self) -> tuple[int, ...]:
+        """The streaming heads, ascending."""
+        return tuple(head for head in range(self.num_kv_heads) if head not in self.retrieval)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the layer counts in ratios: it has KV heads and its native attention is global."""
+        return self.num_kv_heads > 0 and self.window is None
+
+
+@dataclass(frozen=True)
+class HeadPolicy:
+    """Kinds, windows and precisions of every KV head of a model (see module docstring).
+
+    Attributes:
+        layers: one `LayerPolicy` per decoder layer.
+        sink: first tokens that a streaming head keeps.
+        recent: last tokens that a streaming head sees, the query's own included.
+        prefill_recent: the same during prefill (calls with more than one new token); None means ``recent``. A larger
+            value also enlarges what a streaming head stores, since a later chunk must see as far back.
+        retrieval_dtype, streaming_dtype, window_dtype: storage of retrieval heads, of streaming heads, and of the heads
+            of natively windowed layers that keep their window: "auto" (the model's dtype), "bf16", "fp8", "int8", "int4".
+        visibility: "token" (exact), or "chunk" for the reference code's rule, to reproduce published numbers only.
+        shapes: geometry of the model the policy was bound to; empty before `bind`.
+        native_dtype: the bound model's dtype, what "auto" stands for; None before `bind`.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    layers: tuple[LayerPolicy, ...]
+    sink: int = 64
+    recent: int = 256
+    prefill_recent: int | None = None
+    retrieval_dtype: str = "auto"
+    streaming_dtype: str = "auto"
+    window_dtype: str = "auto"
+    visibility: Visibility = "token"
+    shapes: tuple[LayerShape, ...] = ()
+    native_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError(
+                "layers must name at least one layer, got none; pass one list of heads per layer"
+            )
+        if not _is_int(self.sink) or self.sink < 0:
+            raise ValueError(f"sink must be an integer >= 0, got {self.sink!r}")
+        if not _is_int(self.recent) or self.recent < 1:
+            raise ValueError(
+                f"recent must be an integer >= 1 (the query's own token counts), got {self.recent!r}; "
+                f"a head that must see everything is a retrieval head"
+            )
+        prefill = self.prefill_recent
+        if prefill is not None and (not _is_int(prefill) or prefill < self.recent):
+            raise ValueError(
+                f"prefill_recent must be an integer >= recent ({self.recent}), got {prefill!r}"
+            )
+        if self.visibility not in ("token", "chunk"):
+            raise ValueError(f"visibility must be 'token' or 'chunk', got {self.visibility!r}")
+        for field in ("retrieval_dtype", "streaming_dtype", "window_dtype"):
+            if getattr(self, field) not in codec.NAMES:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(codec.NAMES)}, got {getattr(self, field)!r}"
+                )
+
+    @classmethod
+    def from_heads(
+        cls,
+        *,
+        retrieval: Sequence[Sequence[int]],
+        num_kv_heads: int | Sequence[int],
+        sink: int = 64,
+        recent: int = 256,
+        windows: Sequence[int | None] | None = None,
+        **fields: Any,
+    ) -> Self:
+        """A policy from explicit retrieval heads.
+
+        Args:
+            retrieval: for each layer the KV heads that keep every token; the others stream.
+            num_kv_heads: KV heads of every layer, or one number per layer (0: no KV cache).
+            sink: see the class.
+            recent: see the class.
+            windows: native sliding window per layer; filled in from the model when the policy is bound.
+            fields: any other field of the class.
+        """
+        count = len(retrieval)
+        heads = [num_kv_heads] * count if isinstance(num_kv_heads, int) else list(num_kv_heads)
+        native = [None] * count if windows is None else list(windows)
+        if not len(heads) == len(native) == count:
+            raise ValueError(
+                f"num_kv_heads and windows must have one entry per layer of retrieval ({count}), "
+                f"got {len(heads)} and {len(native)}"
+            )
+        layers = tuple(
+            LayerPolicy(
+                heads[index], tuple(sorted(int(head) for head in retrieval[index])), native[index]
+            )
+            for index in range(count)
+        )
+        return cls(layers=layers, sink=sink, recent=recent, **fields)
+
+    @property
+    def window_tokens(self) -> int:
+        """Recent tokens that a streaming head has to store."""
+        return max(self.recent, self.prefill_recent or 0)
+
+    @property
+    def retrieval_ratio(self) -> float:
+        """Share of retrieval heads among the KV heads of gated layers; 1.0 if there are none."""
+        gated = [layer for layer in self.layers if layer.gated]
+        total = sum(layer.num_kv_heads for layer in gated)
+        return sum(len(layer.retrieval) for layer in gated) / total if total else 1.0
+
+    def bind(self, model_or_config: Any, *, dtype: torch.dtype | str | None = None) -> Self:
+        """The same policy with the geometry of a model filled in.
+
+        Args:
+            model_or_config: a transformers model or config.
+            dtype: the dtype the model computes in; by default the model's own (bfloat16 if only a config is given
+                that names none).
+
+        Raises:
+            ValueError: the policy has other layers or KV heads than the model.
+        """
+        shapes = layer_shapes(model_or_config)
+        found, expected = len(self.layers), len(shapes)
+        if found != expected:
+            raise ValueError(
+                f"policy has {found} layers but the model has {expected}; "
+                f"use a policy or pattern that was made for this model"
+            )
+        for index, (layer, shape) in enumerate(zip(self.layers, shapes, strict=True)):
+            if shape.num_kv_heads and layer.num_kv_heads != shape.num_kv_heads:
+                raise ValueError(
+                    f"policy has {layer.num_kv_heads} KV heads in layer {index} but the model has "
+                    f"{shape.num_kv_heads}; use a policy or pattern that was made for this model"
+                )
+        layers = tuple(
+            LayerPolicy(
+                shape.num_kv_heads, layer.retrieval if shape.num_kv_heads else (), shape.window
+            )
+            for layer, shape in zip(self.layers, shapes, strict=True)
+        )
+        native = (
+            dtype
+            if dtype is not None
+            else getattr(model_or_config, "dtype", None) or torch.bfloat16
+        )
+        name = str(codec.parse_dtype(native)).removeprefix("torch.")
+        return replace(self, layers=layers, shapes=shapes, native_dtype=name)
+
+    def with_retrieval(self, retrieval: Sequence[Sequence[int]]) -> Self:
+        """The same policy with other retrieval heads (one sequence of KV heads per layer)."""
+        if len(retrieval) != len(self.layers):
+            raise ValueError(
+                f"retrieval must have one entry per layer ({len(self.layers)}), got {len(retrieval)}"
+            )
+        layers = tuple(
+            replace(layer, retrieval=tuple(sorted(int(head) for head in heads)))
+            for layer, heads in zip(self.layers, retrieval, strict=True)
+        )
+        return replace(self, layers=layers)
+
+    def stores(self, index: int) -> Iterator[Store]:
+        """What layer ``index`` has to store, one entry per kind of head that occurs in it."""
+        layer = self.layers[index]
+        if layer.retrieval and layer.window is None:
+            yield Store("retrieval", layer.retrieval, self.retrieval_dtype, sink=0, ring=None)
+        elif layer.retrieval:
+            yield Store("retrieval", layer.retrieval, self.window_dtype, sink=0, ring=layer.window)
+        if layer.streaming:
+            ring = (
+                self.window_tokens
+                if layer.window is None
+                else min(self.window_tokens, layer.window)
+            )
+            yield Store(
+                "streaming", layer.streaming, self.streaming_dtype, sink=self.sink, ring=ring
+            )
+
+    def kv_bytes(
+        self,
+        tokens: int,
+        batch: int = 1,
+        *,
+        head_dim: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        rollback: int = 0,
+    ) -> int:
+        """Bytes that the KV cache of ``tokens`` tokens allocates, for every layer and row.
+
+        Args:
+            tokens: length in tokens, padding included; for a static cache its ``max_length``.
+            batch: rows.
+            head_dim: head size; needed unless the policy is bound to a model.
+            dtype: what "auto" storage means; by default the bound model's dtype, else bfloat16.
+            rollback: extra tokens that streaming heads keep so that `crop` can undo (see `DuoCache`).
+        """
+        total = 0
+        for index, (key_dim, value_dim) in enumerate(self._dims(head_dim)):
+            for store in self.stores(index):
+                storage = codec.get(store.dtype, native=self._native(dtype))
+                vector = storage.vector_bytes(key_dim) + storage.vector_bytes(value_dim)
+                total += len(store.heads) * store.slots(tokens, rollback=rollback) * vector
+        return total * batch
+
+    def dense_kv_bytes(
+        self,
+        tokens: int,
+        batch: int = 1,
+        *,
+        head_dim: int | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> int:
+        """Bytes of the cache without duohead: every head keeps every token (its window, where native) in ``dtype``."""
+        itemsize = self._native(dtype).itemsize
+        total = 0
+        for layer, (key_dim, value_dim) in zip(self.layers, self._dims(head_dim), strict=True):
+            kept = tokens if layer.window is None else min(tokens, max(layer.window - 1, 1))
+            total += layer.num_kv_heads * kept * (key_dim + value_dim) * itemsize
+        return total * batch
+
+    def _dims(self, head_dim: int | None) -> list[tuple[int, int]]:
+        if head_dim is not None:
+            return [(head_dim, head_dim)] * len(self.layers)
+        if not self.shapes:
+            raise ValueError(
+                "head_dim is needed for a policy that is not bound to a model; pass head_dim= or bind(model)"
+            )
+        return [(shape.head_dim, shape.value_dim) for shape in self.shapes]
+
+    def _native(self, dtype: torch.dtype | str | None) -> torch.dtype:
+        return codec.parse_dtype(dtype or self.native_dtype or torch.bfloat16)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; unknown fields are an error."""
+        unknown = set(fields) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(
+                f"policy has unknown fields {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}"
+            )
+        layers = tuple(
+            LayerPolicy(layer["num_kv_heads"], tuple(layer["retrieval"]), layer["window"])
+            for layer in fields["layers"]
+        )
+        shapes = tuple(LayerShape(**shape) for shape in fields.get("shapes", ()))
+        return cls(**{**fields, "layers": layers, "shapes": shapes})
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """Twelve hex digits that name the policy in records (SHA-256 of `to_json`)."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Store:
+    """What one kind of head of one layer keeps: all tokens (``ring`` None), or ``sink`` first and ``ring`` last ones."""
+
+    kind: Literal["retrieval", "streaming"]
+    heads: tuple[int, ...]
+    dtype: str
+    sink: int
+    ring: int | None
+
+    def slots(self, tokens: int, *, rollback: int = 0) -> int:
+        """Slots per head and row that are allocated for a length of ``tokens``."""
+        grown = capacity(tokens)
+        return grown if self.ring is None else min(grown, self.sink + self.ring + rollback)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,102 @@
+"""What a model's attention layers look like: KV heads, head size and native window, layer by layer.
+
+Patterns, policies and caches must agree with the model on exactly these facts, so they are read in one place. Only
+attributes of a transformers config are read (nothing is imported from transformers), which keeps this room at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+GLOBAL_TYPES = frozenset({"full_attention", "attention"})
+WINDOW_TYPES = frozenset({"sliding_attention"})
+KV_FREE_TYPES = frozenset(
+    {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe", "mlp"}
+)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The KV geometry of one decoder layer.
+
+    ``num_kv_heads`` is 0 for a layer without a KV cache (linear attention, convolution). ``window`` is the native
+    sliding window in tokens, the query's own token included; None means global attention.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the heads of this layer are ranked: it has KV heads and its native attention is global."""
+        return self.num_kv_heads > 0 and self.window is None
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The decoder's config of a model or of a (possibly composite) config."""
+    config = getattr(model_or_config, "config", model_or_config)
+    get_text_config = getattr(config, "get_text_config", None)
+    return config if get_text_config is None else get_text_config(decoder=True)
+
+
+def layer_shapes(model_or_config: Any) -> tuple[LayerShape, ...]:
+    """The shape of every decoder layer of a transformers model or config.
+
+    Raises:
+        ValueError: the config lacks the usual fields, or a layer's attention type is not supported.
+    """
+    return tuple(_layer_shapes(text_config(model_or_config)))
+
+
+def _layer_shapes(config: Any) -> Iterator[LayerShape]:
+    num_layers = getattr(config, "num_hidden_layers", None)
+    num_heads = getattr(config, "num_attention_heads", None)
+    if num_layers is None or num_heads is None:
+        raise ValueError(
+            f"config must describe a decoder with num_hidden_layers and num_attention_heads, got "
+            f"{type(config).__name__} without them; pass a causal language model or its config"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{type(config).__name__} describes multi-head latent attention (kv_lora_rank), whose cache has no KV heads; "
+            f"duohead does not support it"
+        )
+    layer_types = getattr(config, "layer_types", None)
+    for index in range(num_layers):
+        layer_type = layer_types[index] if layer_types is not None else None
+        if layer_type in KV_FREE_TYPES:
+            yield LayerShape(num_kv_heads=0, head_dim=0, value_dim=0)
+            continue
+        heads = _per_layer(num_heads, index)
+        kv_heads = _per_layer(getattr(config, "num_key_value_heads", None) or heads, index)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        value_dim = getattr(config, "v_head_dim", None) or head_dim
+        yield LayerShape(kv_heads, head_dim, value_dim, _window(config, layer_type, index))
+
+
+def _per_layer(value: Any, index: int) -> int:
+    return int(value[index] if isinstance(value, (list, tuple)) else value)
+
+
+def _window(config: Any, layer_type: str | None, index: int) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    if layer_type in GLOBAL_TYPES:
+        return None
+    if layer_type is None:
+        if getattr(config, "attention_chunk_size", None) is not None:
+            layer_type = "chunked_attention"
+        elif window is None or getattr(config, "use_sliding_window", True) is False:
+            return None
+    if layer_type is not None and layer_type not in WINDOW_TYPES:
+        raise ValueError(
+            f"layer {index} has attention type {layer_type!r}, which duohead does not support; supported are "
+            f"{sorted(GLOBAL_TYPES | WINDOW_TYPES)} and, left untouched, {sorted(KV_FREE_TYPES)}"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if window is None or (positions is not None and window >= positions):
+        return None
+    return int(window)

@@ -1,0 +1,249 @@
+"""Policies: what they refuse, how they travel, and that they predict the cache's bytes to the byte."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DynamicCache, Gemma2Config, LlamaConfig
+
+from duohead.cache import DuoCache
+from duohead.policy import MAX_STEP, HeadPolicy, LayerPolicy, Store, capacity
+
+DTYPES = ("auto", "bf16", "fp8", "int8", "int4")
+
+
+def config(layers=2, kv_heads=4, head_dim=64, **more) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=32, **more,
+    )  # fmt: skip
+
+
+def two_layers(**fields) -> HeadPolicy:
+    return HeadPolicy.from_heads(retrieval=[[3, 0], []], num_kv_heads=4, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recent": 0}, r"recent must be an integer >= 1 .*got 0; .*is a retrieval head"),
+        ({"recent": True}, "recent must be an integer >= 1 .*got True"),
+        ({"recent": 2.0}, "recent must be an integer >= 1 .*got 2.0"),
+        ({"sink": -1}, "sink must be an integer >= 0, got -1"),
+        ({"sink": True}, "sink must be an integer >= 0, got True"),
+        ({"sink": None}, "sink must be an integer >= 0, got None"),
+        ({"prefill_recent": 255}, r"prefill_recent must be an integer >= recent \(256\), got 255"),
+        ({"prefill_recent": 512.5}, r"prefill_recent must be an integer >= recent \(256\), got 512.5"),
+        ({"retrieval_dtype": "fp4"}, "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, got 'fp4'"),
+        ({"streaming_dtype": "float8"}, "streaming_dtype must be one of .*got 'float8'"),
+        ({"window_dtype": None}, "window_dtype must be one of .*got None"),
+        ({"visibility": "block"}, "visibility must be 'token' or 'chunk', got 'block'"),
+    ],
+    ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()) if isinstance(case, dict) else "",
+)
+def test_a_field_out_of_range_is_refused_by_name(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_layers(**fields)
+
+
+@pytest.mark.parametrize("heads", [[0, 0], [4], [-1]], ids=["twice", "too-large", "negative"])
+def test_retrieval_heads_must_be_distinct_heads_of_the_layer(heads) -> None:
+    with pytest.raises(ValueError, match=r"retrieval must list distinct KV heads in 0\.\.3 in ascending order"):
+        HeadPolicy.from_heads(retrieval=[heads], num_kv_heads=4)
+
+
+def test_layer_counts_must_agree_and_there_must_be_a_layer() -> None:
+    with pytest.raises(ValueError, match=r"one entry per layer of retrieval \(2\), got 1 and 2"):
+        HeadPolicy.from_heads(retrieval=[[], []], num_kv_heads=[4])
+    with pytest.raises(ValueError, match=r"one entry per layer of retrieval \(1\), got 1 and 2"):
+        HeadPolicy.from_heads(retrieval=[[]], num_kv_heads=4, windows=[None, 8])
+    with pytest.raises(ValueError, match="layers must name at least one layer, got none"):
+        HeadPolicy(layers=())
+    with pytest.raises(ValueError, match=r"retrieval must have one entry per layer \(2\), got 1"):
+        two_layers().with_retrieval([[0]])
+    with pytest.raises(ValueError, match="window must be None or an integer >= 1, got 0"):
+        HeadPolicy.from_heads(retrieval=[[0]], num_kv_heads=4, windows=[0])
+
+
+def test_heads_are_sorted_and_the_rest_stream() -> None:
+    policy = two_layers()
+    assert [layer.retrieval for layer in policy.layers] == [(0, 3), ()]
+    assert [layer.streaming for layer in policy.layers] == [(1, 2), (0, 1, 2, 3)]
+    assert policy.retrieval_ratio == 0.25
+    assert policy.with_retrieval([[1], [2, 0]]).layers[1].retrieval == (0, 2)
+
+
+def test_the_ratio_counts_gated_layers_only() -> None:
+    policy = HeadPolicy.from_heads(
+        retrieval=[[0], [0, 1], []], num_kv_heads=[2, 2, 0], windows=[None, 8, None]
+    )
+    assert policy.retrieval_ratio == 0.5
+    assert HeadPolicy.from_heads(retrieval=[[0]], num_kv_heads=1, windows=[8]).retrieval_ratio == 1.0
+
+
+def test_a_policy_survives_json_and_equality_hash_and_digest_follow_its_fields() -> None:
+    policy = two_layers(sink=4, recent=8, prefill_recent=16, retrieval_dtype="fp8", streaming_dtype="int4").bind(
+        config(), dtype="bf16"
+    )
+    again = HeadPolicy.from_dict(json.loads(policy.to_json()))
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert again.digest() == policy.digest()
+    other = two_layers(sink=5, recent=8)
+    assert other != policy
+    assert other.digest() != policy.digest()
+
+
+def test_the_digest_is_stable_between_versions() -> None:
+    assert two_layers().to_json() == (
+        '{"layers":[{"num_kv_heads":4,"retrieval":[0,3],"window":null},'
+        '{"num_kv_heads":4,"retrieval":[],"window":null}],"native_dtype":null,"prefill_recent":null,'
+        '"recent":256,"retrieval_dtype":"auto","shapes":[],"sink":64,"streaming_dtype":"auto",'
+        '"visibility":"token","window_dtype":"auto"}'
+    )
+    assert two_layers().digest() == "b0bfb92228e5"
+
+
+def test_unknown_fields_in_json_are_refused() -> None:
+    fields = two_layers().to_dict() | {"sinks": 4}
+    with pytest.raises(ValueError, match=r"policy has unknown fields \['sinks'\]; known are"):
+        HeadPolicy.from_dict(fields)
+
+
+def test_capacity_is_monotone_close_and_exact_at_powers_of_two() -> None:
+    slots = [capacity(tokens) for tokens in range(70000)]
+    assert slots[0] == capacity(-3) == 0
+    assert all(a <= b for a, b in zip(slots, slots[1:], strict=False))
+    assert all(n <= have <= n * 1.125 + 16 for n, have in enumerate(slots))
+    assert all(capacity(1 << bits) == 1 << bits for bits in range(4, 24))
+    assert len(set(slots)) < 120  # few allocations on the way
+
+
+def test_steps_of_capacity_are_bounded_at_both_ends() -> None:
+    sizes = sorted({capacity(tokens) for tokens in range(1, 1 << 20, 97)} | {capacity(1)})
+    assert sizes[0] == 16
+    assert max(b - a for a, b in zip(sizes, sizes[1:], strict=False)) == MAX_STEP
+
+
+def test_capacity_says_the_same_of_its_own_result() -> None:
+    """So that the size depends on the length alone, however the tokens arrived."""
+    assert all(capacity(capacity(tokens)) == capacity(tokens) for tokens in range(1, 20000, 7))
+
+
+def fill(cache: DuoCache, counts: list[int], *, batch: int, dims: dict[int, tuple[int, int, int]], dtype) -> None:
+    for count in counts:
+        for index, (heads, key_dim, value_dim) in dims.items():
+            keys = torch.zeros(batch, heads, count, key_dim, dtype=dtype)
+            handle, _ = cache.update(keys, torch.zeros(batch, heads, count, value_dim, dtype=dtype), index)
+            handle.open(None)
+            handle.commit()
+
+
+def history(draw: random.Random, tokens: int) -> list[int]:
+    counts = []
+    while tokens:
+        counts.append(min(tokens, draw.choice((1, 7, 64, 500, 4000))))
+        tokens -= counts[-1]
+    return counts
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("streaming", DTYPES)
+@pytest.mark.parametrize("retrieval", DTYPES)
+def test_predicted_bytes_are_the_allocated_bytes(retrieval, streaming, static) -> None:
+    draw = random.Random(f"{retrieval} {streaming} {static}")
+    for tokens in draw.sample(range(1, 5001), 3) + [1, 16, 65]:
+        policy = HeadPolicy.from_heads(
+            retrieval=[[0], [1, 0], [], [1]], num_kv_heads=2, windows=[None, None, None, 40],
+            sink=draw.choice((0, 1, 64)), recent=draw.choice((1, 63, 256)),
+            prefill_recent=draw.choice((None, 300)), retrieval_dtype=retrieval, streaming_dtype=streaming,
+            window_dtype=draw.choice(DTYPES),
+        )  # fmt: skip
+        batch, rollback = draw.randint(1, 3), draw.choice((0, 5, 128))
+        dtype = draw.choice((torch.float32, torch.bfloat16))
+        length = tokens + draw.choice((0, 100)) if static else None
+        cache = DuoCache(policy, max_length=length, rollback=rollback)
+        dims = dict.fromkeys(range(4), (2, 16, 16))
+        fill(cache, history(draw, tokens), batch=batch, dims=dims, dtype=dtype)
+        predicted = policy.kv_bytes(length or tokens, batch, head_dim=16, dtype=dtype, rollback=rollback)
+        assert cache.kv_bytes() == predicted, (tokens, policy)
+
+
+def test_bytes_follow_the_geometry_of_a_bound_model() -> None:
+    shape = SimpleNamespace(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=32, v_head_dim=48
+    )
+    policy = HeadPolicy.from_heads(retrieval=[[0], []], num_kv_heads=2, sink=4, recent=12, retrieval_dtype="int8")
+    bound = policy.bind(shape, dtype="fp32")
+    cache = DuoCache(bound)
+    fill(cache, [100], batch=1, dims=dict.fromkeys(range(2), (2, 32, 48)), dtype=torch.float32)
+    assert cache.kv_bytes() == bound.kv_bytes(100) == 112 * (34 + 50) + 3 * 16 * 4 * (32 + 48)
+    with pytest.raises(ValueError, match=r"head_dim is needed .*pass head_dim= or bind\(model\)"):
+        policy.kv_bytes(100)
+
+
+def test_bytes_are_those_of_the_paper_arithmetic() -> None:
+    """At 64 K tokens, half the heads streaming and bf16: a little over half of the dense cache."""
+    policy = HeadPolicy.from_heads(retrieval=[[0, 1]] * 32, num_kv_heads=4, sink=64, recent=256)
+    dense = policy.dense_kv_bytes(65536, head_dim=128)
+    assert dense == 32 * 4 * 65536 * 256 * 2
+    assert policy.kv_bytes(65536, head_dim=128) == dense // 2 + 32 * 2 * 320 * 256 * 2
+    small = HeadPolicy.from_heads(
+        retrieval=[[0, 1]] * 32, num_kv_heads=4, retrieval_dtype="fp8", streaming_dtype="int4"
+    )
+    assert small.kv_bytes(65536, head_dim=128) == 32 * 2 * (65536 * 260 + 320 * 136)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 100])
+def test_dense_bytes_are_those_of_the_cache_of_transformers(tokens) -> None:
+    shape = Gemma2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=32, sliding_window=8,
+    )  # fmt: skip
+    policy = HeadPolicy.from_heads(retrieval=[[0, 1]] * 4, num_kv_heads=2).bind(shape, dtype="fp32")
+    assert [layer.window for layer in policy.layers] == [8, None, 8, None]
+    cache = DynamicCache(config=shape)
+    for index in range(4):
+        cache.update(torch.zeros(3, 2, tokens, 32), torch.zeros(3, 2, tokens, 32), index)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert policy.dense_kv_bytes(tokens, batch=3) == held
+
+
+def test_binding_fills_in_the_model_and_checks_it() -> None:
+    bound = two_layers().bind(config(head_dim=48), dtype=torch.float16)
+    assert [(shape.num_kv_heads, shape.head_dim, shape.value_dim) for shape in bound.shapes] == [(4, 48, 48)] * 2
+    assert bound.native_dtype == "float16"
+    assert bound.bind(config(head_dim=48), dtype="fp16") == bound
+    assert two_layers().bind(config()).native_dtype == "bfloat16"
+    assert two_layers().bind(config(dtype="float32")).native_dtype == "float32"
+    with pytest.raises(ValueError, match="policy has 2 layers but the model has 3; use a policy or pattern"):
+        two_layers().bind(config(layers=3))
+    with pytest.raises(ValueError, match="policy has 4 KV heads in layer 0 but the model has 8"):
+        two_layers().bind(config(kv_heads=8))
+    with pytest.raises(ValueError, match="config must describe a decoder .*got SimpleNamespace without them"):
+        two_layers().bind(SimpleNamespace())
+    with pytest.raises(ValueError, match="layer 0 has attention type 'chunked_attention', .* does not support"):
+        two_layers().bind(config(layer_types=["chunked_attention"] * 2))
+
+
+def test_a_policy_says_what_each_layer_stores() -> None:
+    policy = HeadPolicy.from_heads(
+        retrieval=[[0], [], [0, 1], [1], []], num_kv_heads=[2, 2, 2, 2, 0], windows=[None, None, None, 16, None],
+        sink=4, recent=32, prefill_recent=48, retrieval_dtype="fp8", streaming_dtype="int4", window_dtype="bf16",
+    )  # fmt: skip
+    assert [list(policy.stores(index)) for index in range(5)] == [
+        [Store("retrieval", (0,), "fp8", 0, None), Store("streaming", (1,), "int4", 4, 48)],
+        [Store("streaming", (0, 1), "int4", 4, 48)],
+        [Store("retrieval", (0, 1), "fp8", 0, None)],
+        [Store("retrieval", (1,), "bf16", 0, 16), Store("streaming", (0,), "int4", 4, 16)],
+        [],
+    ]
+
+
+def test_policies_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        two_layers().sink = 3  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        LayerPolicy(2).window = 3  # type: ignore[misc]
