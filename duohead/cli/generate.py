@@ -1,0 +1,195 @@
+"""`duohead generate MODEL --policy FOLDER --prompt-file FILE`: continue a long prompt with the smaller cache.
+
+The prompt is prefilled in chunks under a progress bar, the answer streams to standard output, and the speed and the
+cache's bytes against the dense cache go to standard error, so that the answer alone can be piped on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from duohead import codec
+
+FLAGS = (
+    "--policy",
+    "--retrieval-ratio",
+    "--threshold",
+    "--sink",
+    "--recent",
+    "--retrieval-dtype",
+    "--streaming-dtype",
+    "--prompt-file",
+    "--max-new-tokens",
+    "--chunk",
+    "--temperature",
+    "--top-p",
+    "--seed",
+    "--dtype",
+    "--device",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this verb (listed in FLAGS)."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="pocket, pocket-mha, a folder or a hub id")
+    add(
+        "--policy",
+        required=True,
+        metavar="FOLDER",
+        help="pattern that `duohead identify` wrote, or a hub id",
+    )
+    selector = parser.add_mutually_exclusive_group()
+    selector.add_argument(
+        "--retrieval-ratio", type=float, metavar="R", help="share of heads that keep all (0.5)"
+    )
+    selector.add_argument(
+        "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
+    )
+    add(
+        "--sink", type=int, metavar="N", help="first tokens kept by streaming heads (pattern's own)"
+    )
+    add(
+        "--recent",
+        type=int,
+        metavar="N",
+        help="last tokens kept by streaming heads (pattern's own)",
+    )
+    add(
+        "--retrieval-dtype",
+        choices=codec.NAMES,
+        default="auto",
+        help="storage of retrieval heads (%(default)s)",
+    )
+    add(
+        "--streaming-dtype",
+        choices=codec.NAMES,
+        default="auto",
+        help="storage of streaming heads (%(default)s)",
+    )
+    add(
+        "--prompt-file",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text to continue; - for standard input",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens to generate at most (%(default)s)",
+    )
+    add(
+        "--chunk",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="prompt tokens per forward (%(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 for greedy decoding (%(default)s)",
+    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="to compute in",
+    )
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, and say what it took."""
+    prompt = _prompt(args.prompt_file)
+    _check(args)
+    import torch
+    from tqdm import tqdm
+    from transformers import TextStreamer
+
+    from duohead.models import duo
+    from duohead.models.generate import check_positions, generate
+    from duohead.pattern import HeadPattern
+    from duohead.pocket.loading import load_model
+
+    pattern = HeadPattern.load(args.policy)
+    chosen = {"threshold": args.threshold} if args.threshold is not None else {}
+    if not chosen:
+        chosen = {"retrieval_ratio": 0.5 if args.retrieval_ratio is None else args.retrieval_ratio}
+    policy = pattern.policy(
+        **chosen,
+        sink=args.sink,
+        recent=args.recent,
+        retrieval_dtype=args.retrieval_dtype,
+        streaming_dtype=args.streaming_dtype,
+    )
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    pattern.validate(model)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    check_positions(model, ids.shape[1] + args.max_new_tokens)
+    torch.manual_seed(args.seed)
+    bar = tqdm(total=ids.shape[1] - 1, desc="prefill", unit="tok", file=sys.stderr, leave=False)
+    with duo(model, policy), bar:
+        result = generate(
+            model,
+            ids,
+            max_new_tokens=args.max_new_tokens,
+            chunk=args.chunk,
+            progress=bar.update,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **_sampling(args),
+        )
+    print(_summary(result), file=sys.stderr)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for flag, value, lowest in (
+        ("--max-new-tokens", args.max_new_tokens, 1),
+        ("--chunk", args.chunk, 1),
+    ):
+        if value < lowest:
+            raise ValueError(f"{flag} must be at least {lowest}, got {value}")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature must be at least 0, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must lie in (0, 1], got {args.top_p}")
+
+
+def _prompt(path: str) -> str:
+    if path == "-":
+        text = sys.stdin.read()
+    else:
+        from duohead.identify import haystack
+
+        text = haystack.read_text([Path(path)])
+    if not text.strip():
+        raise ValueError(f"--prompt-file must hold some text, got none in {path}")
+    return text
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    if args.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+
+
+def _summary(result: Any) -> str:
+    prefill = (
+        (result.prompt_tokens - 1) / result.prefill_seconds if result.prompt_tokens > 1 else 0.0
+    )
+    decode = result.new_tokens / result.decode_seconds
+    share = result.kv_bytes / result.dense_kv_bytes
+    return (
+        f"{result.prompt_tokens:,} prompt tokens at {prefill:,.0f} tok/s, {result.new_tokens:,} new at "
+        f"{decode:,.1f} tok/s; cache {result.kv_bytes:,} bytes, {share:.1%} of the dense {result.dense_kv_bytes:,}"
+    )

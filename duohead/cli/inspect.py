@@ -1,0 +1,238 @@
+"""`duohead inspect FOLDER`: what a pattern looks like, how many heads a selection keeps, what that costs in bytes.
+
+A heat map tells at a glance whether identification worked (a few bright heads, the rest dark) and how a selection
+spreads over the layers. Run `duohead inspect FOLDER --retrieval-ratio 0.25 --png heads.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from duohead.pattern import HeadPattern
+    from duohead.policy import HeadPolicy
+
+FLAGS = (
+    "--retrieval-ratio",
+    "--kv-budget",
+    "--threshold",
+    "--sink",
+    "--recent",
+    "--tokens",
+    "--head-dim",
+    "--png",
+)
+RATIOS = (1.0, 0.75, 0.5, 0.4, 0.25, 0.125, 0.0)
+SHADES, ASCII_SHADES = "·░▒▓█", ".-+*#"
+# Dark blue to yellow in the 256-colour palette, even to the eye and safe for colour-blind readers.
+COLOURS = (17, 18, 19, 24, 30, 36, 71, 107, 143, 185, 227)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this verb (listed in FLAGS)."""
+    parser.add_argument("folder", metavar="FOLDER", help="folder of a pattern, or its hub id")
+    selector = parser.add_mutually_exclusive_group()
+    selector.add_argument(
+        "--retrieval-ratio", type=float, metavar="R", help="share of gated heads that keep all"
+    )
+    selector.add_argument(
+        "--kv-budget", type=float, metavar="B", help="share of the dense cache's bytes to spend"
+    )
+    selector.add_argument(
+        "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
+    )
+    parser.add_argument(
+        "--sink", type=int, metavar="N", help="first tokens kept by streaming heads (pattern's own)"
+    )
+    parser.add_argument(
+        "--recent",
+        type=int,
+        metavar="N",
+        help="last tokens kept by streaming heads (pattern's own)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="length to count bytes at (%(default)s)",
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=128, metavar="D", help="head size (%(default)s)"
+    )
+    parser.add_argument("--png", metavar="FILE", help="also draw the heat map into a PNG file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the pattern; write the picture if asked."""
+    from duohead.pattern import HeadPattern
+
+    for name in ("tokens", "head_dim"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
+    if args.png is not None:
+        _check_png(args.png)
+    pattern = HeadPattern.load(args.folder)
+    policy = _selected(pattern, args)
+    costs = [(ratio, _policy(pattern, args, {"retrieval_ratio": ratio})) for ratio in RATIOS]
+    print(_title(pattern))
+    print()
+    for line in heat_map(pattern, policy, stream=sys.stdout):
+        print(line)
+    print()
+    for line in _costs(pattern, costs, policy, args):
+        print(line)
+    if args.png is not None:
+        draw(pattern, policy, args.png)
+        print(f"\nwrote {args.png}")
+    return 0
+
+
+def heat_map(pattern: HeadPattern, policy: HeadPolicy | None, *, stream: TextIO) -> list[str]:
+    """Lines of a map with a row per layer and a cell per KV head, in colour if `stream` is a terminal.
+
+    With a policy, each row ends with its number of retrieval heads; without, with the number of alphas above 0.5.
+    """
+    colour = stream.isatty()
+    shades = SHADES if _can_print(SHADES, stream) else ASCII_SHADES
+    layers, heads = pattern.alpha.shape
+    counted = "alpha > 0.5" if policy is None else "retrieval"
+    lines = [f"layer  {_scale(colour, shades)}   {counted} of {heads}"]
+    for layer in range(layers):
+        row = pattern.alpha[layer]
+        if not pattern.gated[layer].any():
+            window = pattern.windows[layer] if pattern.windows else None
+            note = "no gates" if window is None else f"native window of {window} tokens"
+            lines.append(f"{layer:5}  {'  ' * heads}  not gated: {note}")
+            continue
+        cells = "".join(_cell(float(alpha), colour, shades) for alpha in row)
+        kept = int((row > 0.5).sum()) if policy is None else len(policy.layers[layer].retrieval)
+        lines.append(f"{layer:5}  {cells}  {kept:3}")
+    return lines
+
+
+def draw(pattern: HeadPattern, policy: HeadPolicy | None, path: str) -> None:
+    """Write the heat map as a PNG; retrieval heads of `policy` are framed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    from duohead import files
+
+    layers, heads = pattern.alpha.shape
+    figure = Figure(figsize=(2.2 + 0.28 * heads, 1.6 + 0.2 * layers), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        pattern.alpha, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+    )
+    axes.set(
+        xlabel="KV head", ylabel="layer", title=(pattern.base_model or "alpha").rpartition("/")[2]
+    )
+    axes.set_facecolor("lightgrey")
+    figure.colorbar(image, label="alpha")
+    for layer, row in enumerate(policy.layers if policy else ()):
+        for head in row.retrieval if pattern.gated[layer].any() else ():
+            axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="red"))
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _check_png(path: str) -> None:
+    if not path.lower().endswith(".png"):
+        raise ValueError(f"--png must name a .png file, got {path}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "--png needs matplotlib; install it with: pip install 'duohead[report]'"
+        ) from error
+
+
+def _selected(pattern: HeadPattern, args: argparse.Namespace) -> HeadPolicy | None:
+    names = ("retrieval_ratio", "kv_budget", "threshold")
+    selector = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return _policy(pattern, args, selector) if selector else None
+
+
+def _policy(pattern: HeadPattern, args: argparse.Namespace, selector: dict[str, Any]) -> HeadPolicy:
+    window = {"sink": args.sink, "recent": args.recent}
+    return pattern.policy(**selector, **window, tokens=args.tokens, head_dim=args.head_dim)
+
+
+def _title(pattern: HeadPattern) -> str:
+    layers, heads = pattern.alpha.shape
+    alphas = pattern.alpha[pattern.gated]
+    return (
+        f"{pattern.base_model or 'pattern of an unnamed model'}: {layers} layers x {heads} KV heads, "
+        f"{alphas.size} gated, mean alpha {alphas.mean():.2f}, {(alphas > 0.5).mean():.0%} above 0.5; "
+        f"identified with sink {pattern.sink}, recent {pattern.recent}"
+    )
+
+
+def _costs(
+    pattern: HeadPattern,
+    costs: list[tuple[float, HeadPolicy]],
+    policy: HeadPolicy | None,
+    args: argparse.Namespace,
+) -> list[str]:
+    sink, recent = costs[0][1].sink, costs[0][1].recent
+    dense = costs[0][1].dense_kv_bytes(args.tokens, head_dim=args.head_dim)
+    lines = [
+        f"KV cache of {args.tokens:,} tokens (head size {args.head_dim}, 16 bit, sink {sink}, recent {recent}): "
+        f"{_bytes(dense)} dense",
+        f"{'ratio':>8}  {'heads':>6}  {'cache':>11}  {'of dense':>8}  {'alpha down to':>13}",
+    ]
+    rows = [(f"{ratio:g}", chosen) for ratio, chosen in costs]
+    if policy is not None:
+        rows.append(("selected", policy))
+    for name, chosen in rows:
+        size = chosen.kv_bytes(args.tokens, head_dim=args.head_dim)
+        kept = [
+            float(pattern.alpha[layer, head])
+            for layer, row in enumerate(chosen.layers)
+            for head in row.retrieval
+            if not math.isnan(pattern.alpha[layer, head])
+        ]
+        lowest = f"{min(kept):.4f}" if kept else "-"
+        lines.append(
+            f"{name:>8}  {len(kept):6}  {_bytes(size):>11}  {size / dense:8.1%}  {lowest:>13}"
+        )
+    return lines
+
+
+def _cell(alpha: float, colour: bool, shades: str) -> str:
+    if not colour:
+        return shades[min(int(alpha * len(shades)), len(shades) - 1)] * 2
+    if math.isnan(alpha):
+        return "  "
+    return f"\x1b[48;5;{COLOURS[min(int(alpha * len(COLOURS)), len(COLOURS) - 1)]}m  \x1b[0m"
+
+
+def _scale(colour: bool, shades: str) -> str:
+    steps = COLOURS if colour else shades
+    return (
+        "0 "
+        + "".join(_cell(index / len(steps), colour, shades) for index in range(len(steps)))
+        + " 1"
+    )
+
+
+def _can_print(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,106 @@
+"""Every constant of gate training in one frozen record, with the paper's values as defaults.
+
+The command line's flags and the file format's account of how a pattern was made both derive from these fields, so a
+constant that matters cannot hide elsewhere. Use `IdentifyOptions(steps=500, context_max=8192)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+LONGEST_DEFAULT = 32_000
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class IdentifyOptions:
+    """How gates are trained; lengths are in tokens. Defaults: arXiv 2410.10819, section 3.1 and appendix.
+
+    Raises ValueError for a value out of range when it is made.
+    """
+
+    steps: int = _option(2000, "optimiser steps, one sample each")
+    learning_rate: float = _option(0.02, "peak learning rate of AdamW")
+    learning_rate_floor: float = _option(0.1, "share of it at the first and the last step")
+    warmup: float = _option(0.2, "share of the steps that it rises over, and falls over at the end")
+    reg_weight: float = _option(
+        0.05, "weight of the mean gate in the loss; higher finds fewer heads"
+    )
+    initial: float = _option(1.0, "value that every gate starts from")
+    sink: int = _option(128, "first tokens that a streaming head keeps")
+    recent: int = _option(256, "last tokens that a streaming head keeps")
+    context_min: int = _option(2000, "shortest sample, questions included")
+    context_max: int | None = _option(
+        None, f"longest sample (default: the model's positions, at most {LONGEST_DEFAULT})"
+    )
+    context_lengths: int = _option(50, "evenly spaced lengths from shortest to longest")
+    num_passkeys: int = _option(10, "passkeys in a sample")
+    passkey_words: int = _option(32, "words in a passkey")
+    depth_min: float = _option(0.05, "shallowest passkey, as a share of the text")
+    depth_max: float = _option(0.95, "deepest passkey, as a share of the text")
+    depth_steps: int = _option(1000, "evenly spaced depths to draw from")
+    teacher_full: bool = _option(
+        False, "feed the full-attention term from the teacher, as the reference code does"
+    )
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
+    save_every: int = _option(50, "steps between checkpoints")
+    seed: int = _option(0, "seed of the samples")
+
+    def __post_init__(self) -> None:
+        positive = "steps learning_rate recent context_min context_lengths num_passkeys passkey_words save_every"
+        for name in positive.split():
+            self._require(getattr(self, name) > 0, name, "must be above 0")
+        for name in ("sink", "reg_weight", "seed"):
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("learning_rate_floor", "initial", "depth_min", "depth_max"):
+            self._require(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
+        self._require(0 <= self.warmup <= 0.5, "warmup", "must be between 0 and 0.5")
+        self._require(self.depth_min <= self.depth_max, "depth_min", "must not exceed depth_max")
+        self._require(
+            self.context_min > self.sink + self.recent,
+            "context_min",
+            f"must exceed sink + recent = {self.sink + self.recent}, or streaming heads see everything",
+        )
+        self._require(
+            self.context_max is None or self.context_max >= self.context_min,
+            "context_max",
+            f"must be at least context_min = {self.context_min}",
+        )
+
+    def _require(self, holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} {rule}, got {getattr(self, name)}")
+
+    def longest(self, positions: int | None) -> int:
+        """The longest sample for a model with that many positions (None: not limited).
+
+        Raises ValueError if the model's positions are fewer than the options ask for.
+        """
+        limit = LONGEST_DEFAULT if positions is None else positions
+        longest = min(limit, LONGEST_DEFAULT) if self.context_max is None else self.context_max
+        if positions is not None and max(longest, self.context_min) > positions:
+            name = "context_min" if self.context_max is None else "context_max"
+            raise ValueError(
+                f"{name} must not exceed the model's {positions} positions, got {getattr(self, name)}; "
+                "ask for shorter contexts"
+            )
+        return max(longest, self.context_min)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step (from 0): a straight rise from the floor, a plateau, and the same way down."""
+        edge = max(1, round(self.steps * self.warmup))
+        share = min(1.0, step / edge, (self.steps - 1 - step) / edge)
+        return self.learning_rate * (
+            self.learning_rate_floor + (1 - self.learning_rate_floor) * share
+        )
+
+    def that_matter(self) -> dict[str, Any]:
+        """The fields that decide the gates: all but those that only trade memory or time."""
+        fields = asdict(self)
+        for name in ("gradient_checkpointing", "save_every"):
+            del fields[name]
+        return fields

@@ -1,0 +1,286 @@
+"""The synthetic task that shows which heads retrieve: passkeys hidden in a long text and asked for by ordinal at its end.
+
+A head matters for retrieval if the answers get worse without its long context, so the answers are random words that
+nothing but the far needle can predict. `passkey_sample` makes one sequence with the spans of its answers;
+`PasskeyDataset` makes the one of any training step from its seed, so that a resumed run sees the same data.
+Paper: arXiv 2410.10819, section 2.3 (ten passkeys of 32 words, depths 5-95 %); the wording is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORDS = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
+    "sierra tango uniform victor whiskey xray yankee zulu"
+).split()
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth twentieth"
+).split()
+
+_INTRO = "What follows is a long text with several passkeys in it.\n\n"
+_NEEDLE = "\n\nKeep these words in mind, they are the {} passkey:"
+_NEEDLE_END = ".\n\n"
+_OUTRO = "\n\nThe text ends here.\n\n"
+_QUESTION = "Which words were the {} passkey?\nThe passkey:"
+_QUESTION_END = ".\n\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sequence: `input_ids` int64 (T,), and `answers`, the [start, end) token positions of each answer in it.
+
+    The token at position p of an answer is predicted by the logits at p - 1.
+    """
+
+    input_ids: torch.Tensor
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A needle in pieces: where it lies (share of the haystack, 0 to 1), what it says, and how it is asked for.
+
+    `value` is tokenised apart and the same in both places; give it the leading space that it has in running text.
+    """
+
+    depth: float
+    before: str
+    value: str
+    after: str
+    question: str
+
+
+def passkey_sample(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    *,
+    context_length: int,
+    num_passkeys: int = 10,
+    passkey_words: int = 32,
+    depths: tuple[float, float] = (0.05, 0.95),
+    depth_steps: int = 1000,
+    generator: torch.Generator,
+) -> Sample:
+    """The paper's multi-passkey task, exactly `context_length` tokens long, haystack, needles and questions together.
+
+    Depths are drawn without replacement from `depth_steps` evenly spaced ones and sorted, so the ordinals ascend; every
+    passkey is asked for, in order. Raises ValueError for numbers out of range and a haystack that is too short.
+    """
+    _check_passkeys(num_passkeys, passkey_words, depths, depth_steps)
+    grid = torch.linspace(*depths, depth_steps)
+    picks = torch.randperm(depth_steps, generator=generator)[:num_passkeys].sort().values
+    return ask_passkeys(
+        tokenizer,
+        haystack_ids,
+        context_length=context_length,
+        depths=grid[picks].tolist(),
+        passkey_words=passkey_words,
+        generator=generator,
+    )
+
+
+def ask_passkeys(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    *,
+    context_length: int,
+    depths: Sequence[float],
+    passkey_words: int,
+    generator: torch.Generator,
+) -> Sample:
+    """One passkey at each of the ascending `depths`, all asked for by ordinal at the end."""
+    needles = []
+    for ordinal, depth in zip(ORDINALS, depths, strict=False):
+        drawn = torch.randint(len(WORDS), (passkey_words,), generator=generator).tolist()
+        value = "".join(" " + WORDS[i] for i in drawn)
+        needles.append(
+            Needle(depth, _NEEDLE.format(ordinal), value, _NEEDLE_END, _QUESTION.format(ordinal))
+        )
+    return weave(
+        tokenizer,
+        haystack_ids,
+        needles,
+        context_length=context_length,
+        intro=_INTRO,
+        outro=_OUTRO,
+        question_end=_QUESTION_END,
+        generator=generator,
+    )
+
+
+def _check_passkeys(
+    num_passkeys: int, passkey_words: int, depths: tuple[float, float], depth_steps: int
+) -> None:
+    if not 1 <= num_passkeys <= len(ORDINALS):
+        raise ValueError(
+            f"num_passkeys must be 1 to {len(ORDINALS)} (there is one ordinal each), got {num_passkeys}"
+        )
+    if passkey_words < 1:
+        raise ValueError(f"passkey_words must be at least 1, got {passkey_words}")
+    if not 0 <= depths[0] <= depths[1] <= 1:
+        raise ValueError(f"depths must be two ascending shares between 0 and 1, got {depths}")
+    if depth_steps < num_passkeys:
+        raise ValueError(
+            f"depth_steps must be at least num_passkeys={num_passkeys}, got {depth_steps}; each passkey has a depth of its own"
+        )
+
+
+def weave(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    needles: Sequence[Needle],
+    *,
+    context_length: int,
+    intro: str,
+    outro: str,
+    question_end: str,
+    asked: Sequence[int] | None = None,
+    generator: torch.Generator,
+) -> Sample:
+    """Haystack with `needles` (ascending depths) in it, then the questions `asked` (default: all) with their answers.
+
+    The haystack is a random window of `haystack_ids`, as long as makes the sample exactly `context_length` tokens.
+    A value's leading tokens that are only white space count as question, because they say nothing about the value.
+    """
+    pieces = [_Pieces.of(tokenizer, needle) for needle in needles]
+    head = _bos(tokenizer) + _encode(tokenizer, intro)
+    tail, answers = _encode(tokenizer, outro), []
+    stop = _encode(tokenizer, question_end)
+    for index in range(len(needles)) if asked is None else asked:
+        piece = pieces[index]
+        start = len(tail) + len(piece.question) + piece.blank
+        tail += piece.question + piece.value
+        answers.append((start, len(tail)))
+        tail += stop
+    tail = tail[: answers[-1][1]] if answers else tail
+    room = context_length - len(head) - len(tail) - sum(len(piece.needle) for piece in pieces)
+    window = _window(haystack_ids, room, context_length, generator)
+    body: list[int] = []
+    done = 0
+    for needle, piece in zip(needles, pieces, strict=True):
+        place = int(needle.depth * room)
+        body += window[done:place] + piece.needle
+        done = place
+    ids = head + body + window[done:]
+    shift = len(ids)
+    return Sample(
+        torch.tensor(ids + tail, dtype=torch.long),
+        tuple((start + shift, end + shift) for start, end in answers),
+    )
+
+
+def _window(
+    haystack_ids: torch.Tensor, room: int, context_length: int, generator: torch.Generator
+) -> list[int]:
+    if room < 1:
+        raise ValueError(
+            f"context_length={context_length} is too small: needles and questions alone need {context_length - room} tokens; "
+            "give a longer context, or fewer or shorter needles"
+        )
+    if len(haystack_ids) < room:
+        raise ValueError(
+            f"haystack_ids is too short: context_length={context_length} leaves room for {room} tokens of text and there are "
+            f"{len(haystack_ids)}; give a longer text, or ask for a shorter context"
+        )
+    start = int(torch.randint(len(haystack_ids) - room + 1, (1,), generator=generator))
+    window: list[int] = haystack_ids[start : start + room].tolist()
+    return window
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Token ids of one needle; `blank` leading tokens of its value are white space."""
+
+    needle: list[int]
+    question: list[int]
+    value: list[int]
+    blank: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, needle: Needle) -> _Pieces:
+        value = _encode(tokenizer, needle.value)
+        blank = 0
+        while blank < len(value) - 1 and not tokenizer.decode(value[: blank + 1]).strip():
+            blank += 1
+        whole = _encode(tokenizer, needle.before) + value + _encode(tokenizer, needle.after)
+        return cls(whole, _encode(tokenizer, needle.question), value, blank)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return ids
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    first = tokenizer("a")["input_ids"][0]
+    return [first] if first == tokenizer.bos_token_id else []
+
+
+class PasskeyDataset:
+    """The sample of each training step: `dataset[step]` depends on `seed` and `step` alone, so that a run can resume.
+
+    Context lengths are `intervals` evenly spaced ones from `context_min` to `context_max`, each once per epoch of
+    `intervals` steps, in an order shuffled anew every epoch. Further options go to `passkey_sample`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        haystack_ids: torch.Tensor,
+        *,
+        context_min: int,
+        context_max: int,
+        intervals: int = 50,
+        seed: int = 0,
+        num_passkeys: int = 10,
+        passkey_words: int = 32,
+        depths: tuple[float, float] = (0.05, 0.95),
+        depth_steps: int = 1000,
+    ) -> None:
+        if not 1 <= context_min <= context_max:
+            raise ValueError(
+                f"context_min must be 1 to context_max={context_max}, got {context_min}"
+            )
+        if intervals < 1:
+            raise ValueError(
+                f"intervals must be at least 1, got {intervals}; it is the number of context lengths"
+            )
+        self.context_lengths = [
+            int(n) for n in torch.linspace(context_min, context_max, intervals).tolist()
+        ]
+        self._tokenizer, self._haystack_ids, self._seed = tokenizer, haystack_ids, seed
+        self._num_passkeys, self._passkey_words = num_passkeys, passkey_words
+        self._depths, self._depth_steps = depths, depth_steps
+
+    def context_length(self, step: int) -> int:
+        """Length in tokens of the sample of `step` (steps count from 0)."""
+        epoch, place = divmod(step, len(self.context_lengths))
+        order = torch.randperm(len(self.context_lengths), generator=self._generator(epoch, 0))
+        return self.context_lengths[int(order[place])]
+
+    def __getitem__(self, step: int) -> Sample:
+        if step < 0:
+            raise IndexError(f"step must not be negative, got {step}")
+        return passkey_sample(
+            self._tokenizer,
+            self._haystack_ids,
+            context_length=self.context_length(step),
+            num_passkeys=self._num_passkeys,
+            passkey_words=self._passkey_words,
+            depths=self._depths,
+            depth_steps=self._depth_steps,
+            generator=self._generator(step, 1),
+        )
+
+    def _generator(self, number: int, stream: int) -> torch.Generator:
+        # Two streams (order of an epoch, content of a step) of one seed, never the same: odd and even seeds.
+        return torch.Generator().manual_seed((self._seed * 1_000_003 + number) * 2 + stream)

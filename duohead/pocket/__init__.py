@@ -1,0 +1,39 @@
+"""The bundled pocket models: small Llamas trained to retrieve, so that everything here runs offline on a CPU.
+
+`pocket` has grouped-query attention (4 KV heads for 8 query heads), `pocket-mha` is its multi-head twin (8 KV heads);
+each folder holds weights, tokenizer and a card with its scores, and tools/train_pocket.py made it. Use `load("pocket")`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NAMES = ("pocket", "pocket-mha")
+
+
+def folder(name: str) -> Path:
+    """Folder of a bundled model (readable by transformers' Auto classes); ValueError for an unknown name."""
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}; other models load with transformers")
+    path = Path(__file__).parent / name
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(
+            f"the bundled model {name!r} is not in {path}; install duohead whole, or make it with tools/train_pocket.py"
+        )
+    return path
+
+
+def load(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The bundled model `name`, in evaluation mode on the CPU, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = folder(name)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return model.eval(), tokenizer

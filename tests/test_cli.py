@@ -1,0 +1,213 @@
+"""The command: which flags there are, how mistakes end, what `inspect` shows."""
+
+import argparse
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from duohead import __version__
+from duohead.cli import VERBS, build_parser, main
+from duohead.cli.inspect import heat_map
+from duohead.pattern import HeadPattern
+
+# Every flag that there is. A new one is a decision: it goes here and into the FLAGS of its module.
+PERMITTED = {
+    "demo": "text out json model seed",
+    "identify": "text out restart dtype device revision steps learning-rate learning-rate-floor warmup reg-weight "
+    "initial sink recent context-min context-max context-lengths num-passkeys passkey-words depth-min depth-max "
+    "depth-steps teacher-full gradient-checkpointing save-every seed",
+    "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png",
+    "evaluate": "model pattern retrieval-ratio sink recent random-draws tasks lengths depths samples text chunk json "
+    "png seed",
+    "generate": "policy retrieval-ratio threshold sink recent retrieval-dtype streaming-dtype prompt-file max-new-tokens "
+    "chunk temperature top-p seed dtype device",
+    "bench": "lengths heads kv-heads head-dim batch sink recent impl dtype device seconds json",
+}
+
+
+def flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from flags(child)
+        elif not isinstance(action, argparse._HelpAction):
+            yield from action.option_strings
+
+
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    (verbs,) = (a for a in build_parser(verb)._actions if isinstance(a, argparse._SubParsersAction))
+    return verbs.choices[verb]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    alpha = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4).copy()
+    alpha[1] = np.nan
+    HeadPattern(alpha, sink=16, recent=64, base_model="org/model", windows=(None, 512, None)).save(
+        tmp_path / "heads"
+    )
+    return str(tmp_path / "heads")
+
+
+def test_the_verbs_are_the_ones_we_have_decided_on() -> None:
+    assert set(VERBS) == set(PERMITTED)
+
+
+@pytest.mark.parametrize("verb", PERMITTED)
+def test_a_verb_has_the_permitted_flags_and_no_others(verb: str) -> None:
+    permitted = [f"--{name}" for name in PERMITTED[verb].split()]
+    assert sorted(flags(verb_parser(verb))) == sorted(permitted)
+    assert sorted(importlib.import_module(f"duohead.cli.{verb}").FLAGS) == sorted(permitted)
+
+
+def test_flags_cannot_be_abbreviated(folder: str, capsys) -> None:
+    assert main(["inspect", folder, "--tok", "1"]) == 2
+    assert "unrecognized arguments: --tok 1" in capsys.readouterr().err
+
+
+def test_version_and_help_are_given(capsys) -> None:
+    for argument, text in (("--version", __version__), ("--help", "inspect")):
+        with pytest.raises(SystemExit) as leaving:
+            main([argument])
+        assert leaving.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+def test_the_module_runs_as_the_command(folder: str) -> None:
+    command = [sys.executable, "-m", "duohead", "inspect", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("org/model: 3 layers x 4 KV heads, 8 gated")
+    done = subprocess.run([*command, "--tokens", "0"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+# --- how things end
+
+
+def arrange(monkeypatch, error: BaseException) -> list[str]:
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr("duohead.cli.inspect.run", run)
+    return ["inspect", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("ratio must\n  be small"), 2, "error: ratio must be small"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory"),
+        (OSError(28, "No space left on device", "out"), 2,
+         "error: out: No space left on device; free some space or write elsewhere"),
+        (OSError("cannot\nload"), 2, "error: cannot load"),
+        (ValueError(), 2, "error: ValueError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("run it again to go on"), 130, "interrupted; run it again to go on"),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_in_one_line(monkeypatch, capsys, error, code: int, line: str) -> None:
+    assert main(arrange(monkeypatch, error)) == code
+    assert capsys.readouterr().err.strip() == f"duohead inspect: {line}"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
+    with pytest.raises(TypeError, match="a bug"):
+        main(arrange(monkeypatch, TypeError("a bug")))
+
+
+def test_debugging_keeps_every_traceback(monkeypatch) -> None:
+    monkeypatch.setenv("DUOHEAD_DEBUG", "1")
+    with pytest.raises(ValueError, match="a mistake"):
+        main(arrange(monkeypatch, ValueError("a mistake")))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_a_reader_that_leaves_is_no_error(folder: str) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from duohead.cli import main; sys.exit(main())",
+        "inspect",
+        folder,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+# --- inspect
+
+
+def test_inspect_shows_heads_counts_and_bytes(folder: str, capsys) -> None:
+    assert (
+        main(
+            ["inspect", folder, "--retrieval-ratio", "0.25", "--tokens", "4096", "--head-dim", "64"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "org/model: 3 layers x 4 KV heads, 8 gated, mean alpha 0.50, 50% above 0.5" in out
+    assert "identified with sink 16, recent 64" in out
+    rows = {int(m[1]): m[2] for m in re.finditer(r"^ {4}(\d)  (.*)$", out, re.M)}
+    assert [rows[i].split()[-1] for i in (0, 2)] == ["0", "2"]
+    assert "not gated: native window of 512 tokens" in rows[1]
+    pattern = HeadPattern.load(folder)
+    policy = pattern.policy(retrieval_ratio=0.25)
+    share = policy.kv_bytes(4096, head_dim=64) / policy.dense_kv_bytes(4096, head_dim=64)
+    selected = next(
+        line.split() for line in out.splitlines() if line.strip().startswith("selected")
+    )
+    assert selected[1] == "2"
+    assert selected[4] == f"{share:.1%}"
+    assert selected[5] == f"{pattern.alpha[2, 2]:.4f}"
+
+
+@pytest.mark.parametrize("selector", [[], ["--kv-budget", "0.9"], ["--threshold", "0.5"]])
+def test_inspect_takes_any_selector(folder: str, capsys, selector: list[str]) -> None:
+    assert main(["inspect", folder, "--sink", "0", "--recent", "32", *selector]) == 0
+    out = capsys.readouterr().out
+    assert "sink 0, recent 32): " in out
+    assert ("selected" in out) == bool(selector)
+
+
+class Stream(io.StringIO):
+    def __init__(self, *, tty: bool, encoding: str) -> None:
+        super().__init__()
+        self.tty, self.named = tty, encoding
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.named
+
+
+def test_the_heat_map_suits_the_terminal(folder: str) -> None:
+    pattern = HeadPattern.load(folder)
+    plain = "\n".join(heat_map(pattern, None, stream=Stream(tty=False, encoding="utf-8")))
+    assert "██" in plain
+    assert "\x1b" not in plain
+    old = "\n".join(heat_map(pattern, None, stream=Stream(tty=False, encoding="ascii")))
+    assert old.isascii()
+    colour = "\n".join(heat_map(pattern, None, stream=Stream(tty=True, encoding="utf-8")))
+    assert colour.count("\x1b[48;5;") >= 8
+
+
+def test_inspect_draws_a_picture(folder: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "pictures" / "heads.png"
+    assert main(["inspect", folder, "--png", str(path), "--retrieval-ratio", "0.5"]) == 0
+    assert f"wrote {path}" in capsys.readouterr().out
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in path.parent.iterdir()] == ["heads.png"]
