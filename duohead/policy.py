@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
@@ -48,6 +49,8 @@ class LayerPolicy:
 
     def __post_init__(self) -> None:
         heads = self.retrieval
+        if not _is_int(self.num_kv_heads) or self.num_kv_heads < 0:
+            raise ValueError(f"num_kv_heads must be an integer >= 0, got {self.num_kv_heads!r}")
         if list(heads) != sorted(set(heads)) or any(
             not 0 <= head < self.num_kv_heads for head in heads
         ):
@@ -79,7 +82,8 @@ class HeadPolicy:
         prefill_recent: the same during prefill (calls with more than one new token); None means ``recent``. A larger
             value also enlarges what a streaming head stores, since a later chunk must see as far back.
         retrieval_dtype, streaming_dtype, window_dtype: storage of retrieval heads, of streaming heads, and of the heads
-            of natively windowed layers that keep their window: "auto" (the model's dtype), "bf16", "fp8", "int8", "int4".
+            of natively windowed layers that keep their window: "auto" (the model's dtype), "bf16", "fp8", "int8" or
+            "int4".
         visibility: "token" (exact), or "chunk" for the reference code's rule, to reproduce published numbers only.
         shapes: geometry of the model the policy was bound to; empty before `bind`.
         native_dtype: the bound model's dtype, what "auto" stands for; None before `bind`.
@@ -154,9 +158,7 @@ class HeadPolicy:
                 f"got {len(heads)} and {len(native)}"
             )
         layers = tuple(
-            LayerPolicy(
-                heads[index], tuple(sorted(int(head) for head in retrieval[index])), native[index]
-            )
+            LayerPolicy(heads[index], _ascending(retrieval[index]), native[index])
             for index in range(count)
         )
         return cls(layers=layers, sink=sink, recent=recent, **fields)
@@ -218,7 +220,7 @@ class HeadPolicy:
                 f"retrieval must have one entry per layer ({len(self.layers)}), got {len(retrieval)}"
             )
         layers = tuple(
-            replace(layer, retrieval=tuple(sorted(int(head) for head in heads)))
+            replace(layer, retrieval=_ascending(heads))
             for layer, heads in zip(self.layers, retrieval, strict=True)
         )
         return replace(self, layers=layers)
@@ -324,7 +326,7 @@ class HeadPolicy:
 
 @dataclass(frozen=True)
 class Store:
-    """What one kind of head of one layer keeps: all tokens (``ring`` None), or ``sink`` first and ``ring`` last ones."""
+    """What one kind of head of a layer keeps: all tokens (``ring`` None), or ``sink`` first and ``ring`` last ones."""
 
     kind: Literal["retrieval", "streaming"]
     heads: tuple[int, ...]
@@ -336,6 +338,16 @@ class Store:
         """Slots per head and row that are allocated for a length of ``tokens``."""
         grown = capacity(tokens)
         return grown if self.ring is None else min(grown, self.sink + self.ring + rollback)
+
+
+def _ascending(heads: Sequence[int]) -> tuple[int, ...]:
+    """KV heads in order, NumPy integers as plain ones."""
+    try:
+        return tuple(sorted(operator.index(head) for head in heads))
+    except TypeError:
+        raise ValueError(
+            f"retrieval must list the KV heads of a layer as integers, got {heads!r}"
+        ) from None
 
 
 def _is_int(value: Any) -> bool:

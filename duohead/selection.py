@@ -1,7 +1,7 @@
 """Which heads keep everything: deterministic selection from alphas by ratio, byte budget or threshold.
 
-Ties are common (gates saturate at 0 and 1), so the order is total: alpha descending, then layer, then head. The count is
-exact, and layers may end with no retrieval head or with nothing else.
+Ties are common (gates saturate at 0 and 1), so the order is total: alpha descending, then layer, then head. The count
+is exact, and layers may end with no retrieval head or with nothing else.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
 """The truth that attention is measured against: dense masks and fp64, in plain sight.
 
-`sees` is the definition of design section 2 for one query and one key, as a person would write it. `dense` is attention
-with a mask in any dtype; in fp64 it is the oracle. The error budget: a result may be off by twice what the same dense
-code is off in the target dtype plus one rounding step of that dtype; in fp32 and wider by a fixed bound.
+`sees` is the definition of what a head sees, for one query and one key, as a person would write it. `dense` is
+attention with a mask in any dtype; in fp64 it is the oracle. The error budget: a result may be off by twice what the
+same dense code is off in the target dtype plus one rounding step of it; in fp32 and wider by a fixed bound.
 
 Shape letters: B rows, H query heads, G KV heads, Q query tokens, K key tokens, D head size.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from duohead import attention
+from duohead import attention, codec
 from duohead.cache import DuoLayer
 from duohead.cache.direct import direct_views
 from duohead.mask import visible
@@ -48,10 +49,15 @@ def sees(
 
 
 def policy_mask(
-    policy: HeadPolicy, index: int, query: Tensor, key: Tensor, *, recent: int | None = None,
+    policy: HeadPolicy,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    *,
+    recent: int | None = None,
     chunk_start: Tensor | None = None,
 ) -> Tensor:
-    """Mask [B, G, Q, K] of a layer for positions ``query`` [B, Q] and ``key`` [B, K]; padding queries see everything."""  # noqa: E501
+    """Mask [B, G, Q, K] of a layer for positions ``query`` [B, Q] and ``key`` [B, K]; padding queries see all."""
     layer = policy.layers[index]
     retrieval = torch.zeros(layer.num_kv_heads, 1, 1, dtype=torch.bool)
     retrieval[list(layer.retrieval)] = True
@@ -64,8 +70,15 @@ def policy_mask(
 
 
 def dense(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None,
-    sink_logits: Tensor | None = None, dtype: torch.dtype = torch.float64,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Attention in ``dtype`` of query [B, H, Q, D] under a mask [B, G or H, Q, K]; returns [B, Q, H, Dv]."""
     heads = query.shape[1]
@@ -82,7 +95,14 @@ def dense(
 
 
 def assert_within_budget(
-    got: Tensor, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, real: Tensor | None = None, **options: object
+    got: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    real: Tensor | None = None,
+    **options: object,
 ) -> None:
     """Hold ``got`` [B, Q, H, Dv] against the oracle; ``real`` [B, Q] says which queries are no padding."""
     truth = dense(query, keys, values, mask, **options)  # type: ignore[arg-type]
@@ -98,7 +118,9 @@ def assert_within_budget(
         assert got.isfinite().all()
         error = error[real]
     worst = error.max().item()
-    assert worst <= budget, f"error {worst:.3g} is beyond the budget of {budget:.3g}"  # nan fails as well
+    assert worst <= budget, (
+        f"error {worst:.3g} is beyond the budget of {budget:.3g}"
+    )  # nan fails as well
 
 
 @dataclass(frozen=True)
@@ -132,8 +154,16 @@ class Inputs:
 
 
 def inputs(
-    length: int, *, kv_heads: int, groups: int = 1, dim: int = 64, value_dim: int | None = None, batch: int = 1,
-    padding: Sequence[int] | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+    length: int,
+    *,
+    kv_heads: int,
+    groups: int = 1,
+    dim: int = 64,
+    value_dim: int | None = None,
+    batch: int = 1,
+    padding: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Inputs:
     """Seeded normal inputs in ``dtype``."""
     make = torch.Generator().manual_seed(seed)
@@ -149,8 +179,16 @@ def inputs(
 
 
 def through_cache(
-    policy: HeadPolicy, x: Inputs, chunks: Sequence[int], *, index: int = 0, max_length: int | None = None, impl: str = "tiled",
-    layer: DuoLayer | None = None, start: int = 0, **options: object,
+    policy: HeadPolicy,
+    x: Inputs,
+    chunks: Sequence[int],
+    *,
+    index: int = 0,
+    max_length: int | None = None,
+    impl: str = "tiled",
+    layer: DuoLayer | None = None,
+    start: int = 0,
+    **options: object,
 ) -> Tensor:
     """Outputs [B, T, H, Dv] of feeding ``x`` chunk by chunk through one cache layer."""
     layer = layer or DuoLayer(policy, index, max_length=max_length)
@@ -167,7 +205,9 @@ def through_cache(
     return torch.cat(outs, dim=1)
 
 
-def without_cache(policy: HeadPolicy, x: Inputs, *, index: int = 0, impl: str = "tiled", **options: object) -> Tensor:
+def without_cache(
+    policy: HeadPolicy, x: Inputs, *, index: int = 0, impl: str = "tiled", **options: object
+) -> Tensor:
     """Outputs [B, T, H, Dv] of one forward over plain tensors."""
     options.setdefault("scale", x.query.shape[-1] ** -0.5)
     views = direct_views(policy, index, x.keys, x.values, queries=x.query.shape[2], mask=x.mask)
@@ -179,3 +219,39 @@ def split(length: int, chunk: int | None) -> list[int]:
     if chunk is None:
         return [length]
     return [min(chunk, length - start) for start in range(0, length, chunk)]
+
+
+def make_policy(kind: str, kv_heads: int, *, seed: int = 0, **fields: object) -> HeadPolicy:
+    """One layer with no, all, every other or some random retrieval heads."""
+    heads = range(kv_heads)
+    chosen = {
+        "none": [],
+        "all": list(heads),
+        "alternating": list(heads)[::2],
+        "random": random.Random(seed).sample(heads, max(1, kv_heads // 3)),
+    }[kind]
+    return HeadPolicy.from_heads(retrieval=[chosen], num_kv_heads=kv_heads, **fields)
+
+
+def stored(policy: HeadPolicy, x: Inputs) -> Inputs:
+    """The inputs as attention sees them: every head's keys and values after its storage."""
+    keys, values = x.keys.clone(), x.values.clone()
+    for spec in policy.stores(0):
+        storage = codec.get(spec.dtype, native=keys.dtype)
+        for head in spec.heads:
+            keys[:, head] = storage.round_trip(keys[:, head])
+            values[:, head] = storage.round_trip(values[:, head])
+    return replace(x, keys=keys, values=values)
+
+
+def hold(
+    got, policy: HeadPolicy, x: Inputs, *, recent=None, queries: slice = slice(None), **options
+) -> None:
+    """Hold outputs for ``queries`` of ``x`` against the oracle."""
+    options.setdefault("scale", x.query.shape[-1] ** -0.5)
+    position = x.position
+    mask = policy_mask(policy, 0, position[:, queries], position, recent=recent)
+    seen = stored(policy, x)
+    assert_within_budget(
+        got, x.query[:, :, queries], seen.keys, seen.values, mask, real=position[:, queries] >= 0, **options
+    )  # fmt: skip

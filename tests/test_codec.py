@@ -22,7 +22,7 @@ def get(name: str) -> codec.Codec:
 
 
 def bound(name: str, x: torch.Tensor) -> torch.Tensor:
-    """The stated worst-case error of each number, as docs/numerics.md derives it, for values within the codec's range."""
+    """The worst-case error of each number that docs/numerics.md derives, for values within the codec's range."""
     if name == "bf16":
         return x.abs() * 2**-8 + 2**-134
     peak = x.abs().amax(-1, keepdim=True)
@@ -56,7 +56,17 @@ def vectors(dim: int, kind: str) -> torch.Tensor:
     }[kind]
 
 
-KINDS = ("normal", "outliers", "offset", "positive", "small", "denormal", "constant", "negative constant", "zeros")
+KINDS = (
+    "normal",
+    "outliers",
+    "offset",
+    "positive",
+    "small",
+    "denormal",
+    "constant",
+    "negative constant",
+    "zeros",
+)
 
 
 @pytest.mark.parametrize("dim", DIMS, ids=lambda d: f"d{d}")
@@ -75,10 +85,40 @@ def test_the_bound_is_not_slack(name) -> None:
     assert share.max() > 0.9
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scale_is_rounded_up_so_that_nothing_saturates(name) -> None:
+    x = vectors(128, "positive")
+    scale = get(name).encode(x)[1].float()[..., -1]
+    low = get(name).encode(x)[2].float()[..., 0] if name == "int4" else 0.0
+    needed = (x.amax(-1) - low) / {"fp8": 448, "int8": 127, "int4": 15}[name]
+    assert (scale >= needed).all()
+    assert (scale <= needed * UP).all()
+
+
 @pytest.mark.parametrize("name", ("fp8", "int8"))
 def test_values_beyond_fp16_keep_the_bound_up_to_the_largest_scale(name) -> None:
     x = vectors(64, "beyond fp16")
     assert ((get(name).round_trip(x) - x).abs() <= bound(name, x)).all()
+
+
+def test_an_outlier_takes_the_others_from_int4_but_not_from_fp8() -> None:
+    x = torch.cat((torch.full((1, 1), 300.0), torch.randn(1, 63).clamp(-1, 1)), dim=-1)
+    rest = {name: get(name).round_trip(x)[0, 1:] for name in ("fp8", "int4")}
+    assert rest["int4"].unique().numel() == 1
+    assert ((rest["fp8"] - x[0, 1:]).abs() <= x[0, 1:].abs() / 16 + 300 / 448 / 1000).all()
+
+
+@pytest.mark.parametrize(("name", "limit"), [("fp8", 448 * 65504.0), ("int8", 127 * 65504.0)])
+def test_values_clip_just_beyond_the_stated_range(name, limit) -> None:
+    x = torch.full((1, 64), limit)
+    assert ((get(name).round_trip(x) - x).abs() <= limit * 1e-6).all()
+    assert ((get(name).round_trip(2 * x) - x).abs() <= limit * 1e-6).all()
+
+
+def test_int4_covers_the_stated_range_and_clips_beyond() -> None:
+    x = torch.linspace(-65504.0, 15 * 65504.0 - 65504.0, 64)[None]
+    assert ((get("int4").round_trip(x) - x).abs() <= 65504.0 / 2 * (1 + 1e-6)).all()
+    assert get("int4").round_trip(x * 4).min() == -65504.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,13 +171,20 @@ def test_a_vector_is_encoded_without_regard_to_its_neighbours(name) -> None:
 def test_the_parts_are_what_is_stored(name, dim) -> None:
     stored = get(name).encode(torch.randn(2, 3, dim))
     parts = get(name).parts(dim)
-    assert [(part.dtype, part.shape) for part in stored] == [(d, (2, 3, width)) for d, width in parts]
+    assert [(part.dtype, part.shape) for part in stored] == [
+        (d, (2, 3, width)) for d, width in parts
+    ]
     assert sum(part.nbytes for part in stored) == 2 * 3 * get(name).vector_bytes(dim)
 
 
 def test_storage_dtypes_and_bytes_are_the_documented_ones() -> None:
     payload = {name: get(name).parts(128)[0][0] for name in NAMES}
-    assert payload == {"bf16": torch.bfloat16, "fp8": torch.uint8, "int8": torch.int8, "int4": torch.uint8}
+    assert payload == {
+        "bf16": torch.bfloat16,
+        "fp8": torch.uint8,
+        "int8": torch.int8,
+        "int4": torch.uint8,
+    }
     sizes = {name: [get(name).vector_bytes(dim) for dim in DIMS] for name in NAMES}
     assert sizes == {
         "bf16": [128, 160, 192, 256, 512],
@@ -147,7 +194,10 @@ def test_storage_dtypes_and_bytes_are_the_documented_ones() -> None:
     }
 
 
-@pytest.mark.parametrize(("dim", "group"), [(2, 2), (64, 64), (80, 80), (96, 96), (128, 128), (192, 96), (256, 128), (576, 96)])
+@pytest.mark.parametrize(
+    ("dim", "group"),
+    [(2, 2), (64, 64), (80, 80), (96, 96), (128, 128), (192, 96), (256, 128), (576, 96)],
+)
 def test_int4_groups_divide_the_head_evenly_and_stay_within_128(dim, group) -> None:
     assert codec._group(dim) == group
     assert get("int4").parts(dim)[1][1] == dim // group
@@ -191,13 +241,22 @@ def test_bits_per_number_count_the_scales() -> None:
 
 
 def test_bad_names_and_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="storage dtype must be one of auto, bf16, fp8, int8, int4, got 'fp16'"):
+    with pytest.raises(
+        ValueError, match="storage dtype must be one of auto, bf16, fp8, int8, int4, got 'fp16'"
+    ):
         codec.get("fp16", native=torch.float32)
-    with pytest.raises(ValueError, match="dtype must be a floating-point type that a model computes in, got torch.int8"):
+    with pytest.raises(
+        ValueError,
+        match="dtype must be a floating-point type that a model computes in, got torch.int8",
+    ):
         codec.get("auto", native=torch.int8)
-    with pytest.raises(ValueError, match="head_dim must be even for int4 storage, got 65; use 'int8'"):
+    with pytest.raises(
+        ValueError, match="head_dim must be even for int4 storage, got 65; use 'int8'"
+    ):
         codec.get("int4", native=torch.float32).parts(65)
-    with pytest.raises(ValueError, match="dtype must name a floating-point type such as 'bfloat16', got 'int8'"):
+    with pytest.raises(
+        ValueError, match="dtype must name a floating-point type such as 'bfloat16', got 'int8'"
+    ):
         codec.parse_dtype("int8")
     for name in ("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16):
         assert codec.parse_dtype(name) is torch.bfloat16

@@ -48,7 +48,9 @@ def test_more_sinks_more_recent_tokens_and_wider_windows_never_hide_a_key() -> N
         visible(query, key, retrieval=False, sink=sink, recent=recent, window=window)
         for sink, recent, window in choices
     ]
-    for (small, less), (large, more) in itertools.product(zip(choices, masks, strict=True), repeat=2):
+    for (small, less), (large, more) in itertools.product(
+        zip(choices, masks, strict=True), repeat=2
+    ):
         if all(a <= b for a, b in zip(small, large, strict=True)):
             assert not (less & ~more).any(), (small, large)
 

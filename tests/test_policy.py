@@ -1,9 +1,11 @@
 """Policies: what they refuse, how they travel, and that they predict the cache's bytes to the byte."""
 
+import itertools
 import json
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, LlamaConfig
@@ -35,13 +37,21 @@ def two_layers(**fields) -> HeadPolicy:
         ({"sink": True}, "sink must be an integer >= 0, got True"),
         ({"sink": None}, "sink must be an integer >= 0, got None"),
         ({"prefill_recent": 255}, r"prefill_recent must be an integer >= recent \(256\), got 255"),
-        ({"prefill_recent": 512.5}, r"prefill_recent must be an integer >= recent \(256\), got 512.5"),
-        ({"retrieval_dtype": "fp4"}, "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, got 'fp4'"),
+        (
+            {"prefill_recent": 512.5},
+            r"prefill_recent must be an integer >= recent \(256\), got 512.5",
+        ),
+        (
+            {"retrieval_dtype": "fp4"},
+            "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, got 'fp4'",
+        ),
         ({"streaming_dtype": "float8"}, "streaming_dtype must be one of .*got 'float8'"),
         ({"window_dtype": None}, "window_dtype must be one of .*got None"),
         ({"visibility": "block"}, "visibility must be 'token' or 'chunk', got 'block'"),
     ],
-    ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()) if isinstance(case, dict) else "",
+    ids=lambda case: (
+        "-".join(f"{k}={v}" for k, v in case.items()) if isinstance(case, dict) else ""
+    ),
 )
 def test_a_field_out_of_range_is_refused_by_name(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
@@ -50,7 +60,9 @@ def test_a_field_out_of_range_is_refused_by_name(fields, message) -> None:
 
 @pytest.mark.parametrize("heads", [[0, 0], [4], [-1]], ids=["twice", "too-large", "negative"])
 def test_retrieval_heads_must_be_distinct_heads_of_the_layer(heads) -> None:
-    with pytest.raises(ValueError, match=r"retrieval must list distinct KV heads in 0\.\.3 in ascending order"):
+    with pytest.raises(
+        ValueError, match=r"retrieval must list distinct KV heads in 0\.\.3 in ascending order"
+    ):
         HeadPolicy.from_heads(retrieval=[heads], num_kv_heads=4)
 
 
@@ -67,6 +79,26 @@ def test_layer_counts_must_agree_and_there_must_be_a_layer() -> None:
         HeadPolicy.from_heads(retrieval=[[0]], num_kv_heads=4, windows=[0])
 
 
+@pytest.mark.parametrize("heads", [[0.5], ["0"], 3], ids=["float", "text", "no-list"])
+def test_retrieval_heads_must_be_integers(heads) -> None:
+    with pytest.raises(ValueError, match="retrieval must list the KV heads of a layer as integers"):
+        HeadPolicy.from_heads(retrieval=[heads], num_kv_heads=4)
+    with pytest.raises(ValueError, match="retrieval must list the KV heads of a layer as integers"):
+        two_layers().with_retrieval([heads, []])
+
+
+def test_numpy_heads_become_plain_integers() -> None:
+    policy = HeadPolicy.from_heads(retrieval=[np.array([3, 0]), []], num_kv_heads=4)
+    assert policy == two_layers()
+    assert policy.digest() == two_layers().digest()
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, True])
+def test_kv_head_counts_must_be_integers(count) -> None:
+    with pytest.raises(ValueError, match=f"num_kv_heads must be an integer >= 0, got {count}"):
+        LayerPolicy(count)
+
+
 def test_heads_are_sorted_and_the_rest_stream() -> None:
     policy = two_layers()
     assert [layer.retrieval for layer in policy.layers] == [(0, 3), ()]
@@ -80,13 +112,15 @@ def test_the_ratio_counts_gated_layers_only() -> None:
         retrieval=[[0], [0, 1], []], num_kv_heads=[2, 2, 0], windows=[None, 8, None]
     )
     assert policy.retrieval_ratio == 0.5
-    assert HeadPolicy.from_heads(retrieval=[[0]], num_kv_heads=1, windows=[8]).retrieval_ratio == 1.0
+    assert (
+        HeadPolicy.from_heads(retrieval=[[0]], num_kv_heads=1, windows=[8]).retrieval_ratio == 1.0
+    )
 
 
 def test_a_policy_survives_json_and_equality_hash_and_digest_follow_its_fields() -> None:
-    policy = two_layers(sink=4, recent=8, prefill_recent=16, retrieval_dtype="fp8", streaming_dtype="int4").bind(
-        config(), dtype="bf16"
-    )
+    policy = two_layers(
+        sink=4, recent=8, prefill_recent=16, retrieval_dtype="fp8", streaming_dtype="int4"
+    ).bind(config(), dtype="bf16")
     again = HeadPolicy.from_dict(json.loads(policy.to_json()))
     assert again == policy
     assert hash(again) == hash(policy)
@@ -115,7 +149,7 @@ def test_unknown_fields_in_json_are_refused() -> None:
 def test_capacity_is_monotone_close_and_exact_at_powers_of_two() -> None:
     slots = [capacity(tokens) for tokens in range(70000)]
     assert slots[0] == capacity(-3) == 0
-    assert all(a <= b for a, b in zip(slots, slots[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(slots))
     assert all(n <= have <= n * 1.125 + 16 for n, have in enumerate(slots))
     assert all(capacity(1 << bits) == 1 << bits for bits in range(4, 24))
     assert len(set(slots)) < 120  # few allocations on the way
@@ -124,7 +158,7 @@ def test_capacity_is_monotone_close_and_exact_at_powers_of_two() -> None:
 def test_steps_of_capacity_are_bounded_at_both_ends() -> None:
     sizes = sorted({capacity(tokens) for tokens in range(1, 1 << 20, 97)} | {capacity(1)})
     assert sizes[0] == 16
-    assert max(b - a for a, b in zip(sizes, sizes[1:], strict=False)) == MAX_STEP
+    assert max(b - a for a, b in itertools.pairwise(sizes)) == MAX_STEP
 
 
 def test_capacity_says_the_same_of_its_own_result() -> None:
@@ -132,11 +166,15 @@ def test_capacity_says_the_same_of_its_own_result() -> None:
     assert all(capacity(capacity(tokens)) == capacity(tokens) for tokens in range(1, 20000, 7))
 
 
-def fill(cache: DuoCache, counts: list[int], *, batch: int, dims: dict[int, tuple[int, int, int]], dtype) -> None:
+def fill(
+    cache: DuoCache, counts: list[int], *, batch: int, dims: dict[int, tuple[int, int, int]], dtype
+) -> None:
     for count in counts:
         for index, (heads, key_dim, value_dim) in dims.items():
             keys = torch.zeros(batch, heads, count, key_dim, dtype=dtype)
-            handle, _ = cache.update(keys, torch.zeros(batch, heads, count, value_dim, dtype=dtype), index)
+            handle, _ = cache.update(
+                keys, torch.zeros(batch, heads, count, value_dim, dtype=dtype), index
+            )
             handle.open(None)
             handle.commit()
 
@@ -154,7 +192,7 @@ def history(draw: random.Random, tokens: int) -> list[int]:
 @pytest.mark.parametrize("retrieval", DTYPES)
 def test_predicted_bytes_are_the_allocated_bytes(retrieval, streaming, static) -> None:
     draw = random.Random(f"{retrieval} {streaming} {static}")
-    for tokens in draw.sample(range(1, 5001), 3) + [1, 16, 65]:
+    for tokens in [*draw.sample(range(1, 5001), 3), 1, 16, 65]:
         policy = HeadPolicy.from_heads(
             retrieval=[[0], [1, 0], [], [1]], num_kv_heads=2, windows=[None, None, None, 40],
             sink=draw.choice((0, 1, 64)), recent=draw.choice((1, 63, 256)),
@@ -167,15 +205,24 @@ def test_predicted_bytes_are_the_allocated_bytes(retrieval, streaming, static) -
         cache = DuoCache(policy, max_length=length, rollback=rollback)
         dims = dict.fromkeys(range(4), (2, 16, 16))
         fill(cache, history(draw, tokens), batch=batch, dims=dims, dtype=dtype)
-        predicted = policy.kv_bytes(length or tokens, batch, head_dim=16, dtype=dtype, rollback=rollback)
+        predicted = policy.kv_bytes(
+            length or tokens, batch, head_dim=16, dtype=dtype, rollback=rollback
+        )
         assert cache.kv_bytes() == predicted, (tokens, policy)
 
 
 def test_bytes_follow_the_geometry_of_a_bound_model() -> None:
     shape = SimpleNamespace(
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=32, v_head_dim=48
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=64,
+        head_dim=32,
+        v_head_dim=48,
     )
-    policy = HeadPolicy.from_heads(retrieval=[[0], []], num_kv_heads=2, sink=4, recent=12, retrieval_dtype="int8")
+    policy = HeadPolicy.from_heads(
+        retrieval=[[0], []], num_kv_heads=2, sink=4, recent=12, retrieval_dtype="int8"
+    )
     bound = policy.bind(shape, dtype="fp32")
     cache = DuoCache(bound)
     fill(cache, [100], batch=1, dims=dict.fromkeys(range(2), (2, 32, 48)), dtype=torch.float32)
@@ -213,18 +260,26 @@ def test_dense_bytes_are_those_of_the_cache_of_transformers(tokens) -> None:
 
 def test_binding_fills_in_the_model_and_checks_it() -> None:
     bound = two_layers().bind(config(head_dim=48), dtype=torch.float16)
-    assert [(shape.num_kv_heads, shape.head_dim, shape.value_dim) for shape in bound.shapes] == [(4, 48, 48)] * 2
+    assert [(shape.num_kv_heads, shape.head_dim, shape.value_dim) for shape in bound.shapes] == [
+        (4, 48, 48)
+    ] * 2
     assert bound.native_dtype == "float16"
     assert bound.bind(config(head_dim=48), dtype="fp16") == bound
     assert two_layers().bind(config()).native_dtype == "bfloat16"
     assert two_layers().bind(config(dtype="float32")).native_dtype == "float32"
-    with pytest.raises(ValueError, match="policy has 2 layers but the model has 3; use a policy or pattern"):
+    with pytest.raises(
+        ValueError, match="policy has 2 layers but the model has 3; use a policy or pattern"
+    ):
         two_layers().bind(config(layers=3))
     with pytest.raises(ValueError, match="policy has 4 KV heads in layer 0 but the model has 8"):
         two_layers().bind(config(kv_heads=8))
-    with pytest.raises(ValueError, match="config must describe a decoder .*got SimpleNamespace without them"):
+    with pytest.raises(
+        ValueError, match="config must describe a decoder .*got SimpleNamespace without them"
+    ):
         two_layers().bind(SimpleNamespace())
-    with pytest.raises(ValueError, match="layer 0 has attention type 'chunked_attention', .* does not support"):
+    with pytest.raises(
+        ValueError, match="layer 0 has attention type 'chunked_attention', .* does not support"
+    ):
         two_layers().bind(config(layer_types=["chunked_attention"] * 2))
 
 

@@ -72,7 +72,10 @@ def test_a_threshold_is_inclusive_also_where_fp32_rounds_it() -> None:
     ("selector", "message"),
     [
         ({}, "exactly one of retrieval_ratio, kv_budget and threshold must be given, got none"),
-        ({"retrieval_ratio": 0.5, "threshold": 0.5}, r"exactly one of .*got \['retrieval_ratio', 'threshold'\]"),
+        (
+            {"retrieval_ratio": 0.5, "threshold": 0.5},
+            r"exactly one of .*got \['retrieval_ratio', 'threshold'\]",
+        ),
         ({"retrieval_ratio": 0.5, "kv_budget": 0.5}, r"got \['kv_budget', 'retrieval_ratio'\]"),
         ({"retrieval_ratio": 1.2}, r"retrieval_ratio must lie in \[0, 1\], got 1.2"),
         ({"retrieval_ratio": -0.1}, r"retrieval_ratio must lie in \[0, 1\], got -0.1"),
@@ -81,10 +84,18 @@ def test_a_threshold_is_inclusive_also_where_fp32_rounds_it() -> None:
         ({"kv_budget": 2}, r"kv_budget must lie in \[0, 1\], got 2"),
         ({"kv_budget": 0.5}, "kv_budget needs a length in tokens"),
         ({"threshold": 0.5, "ranks": 2}, "ranks goes with retrieval_ratio only, got threshold"),
-        ({"retrieval_ratio": 0.5, "ranks": 3}, r"ranks must divide the number of KV heads \(4\), got 3"),
-        ({"retrieval_ratio": 0.5, "ranks": 0}, r"ranks must divide the number of KV heads \(4\), got 0"),
+        (
+            {"retrieval_ratio": 0.5, "ranks": 3},
+            r"ranks must divide the number of KV heads \(4\), got 3",
+        ),
+        (
+            {"retrieval_ratio": 0.5, "ranks": 0},
+            r"ranks must divide the number of KV heads \(4\), got 0",
+        ),
     ],
-    ids=lambda case: ",".join(f"{k}={v}" for k, v in case.items()) or "none" if isinstance(case, dict) else "",
+    ids=lambda case: (
+        ",".join(f"{k}={v}" for k, v in case.items()) or "none" if isinstance(case, dict) else ""
+    ),
 )
 def test_bad_selectors_are_refused(selector, message) -> None:
     with pytest.raises(ValueError, match=message):
@@ -109,7 +120,9 @@ def test_ranks_share_the_heads_evenly(ratio, ranks) -> None:
     for rank in range(ranks):
         columns = alpha[:, rank * block : (rank + 1) * block]
         best = select_heads(columns, retrieval_ratio=held[rank] / columns.size)
-        assert [[h - rank * block for h in row if h // block == rank] for row in heads] == [list(r) for r in best]
+        assert [[h - rank * block for h in row if h // block == rank] for row in heads] == [
+            list(r) for r in best
+        ]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -136,11 +149,15 @@ def test_a_budget_takes_the_largest_selection_that_fits(seed) -> None:
     for budget in (0.05, 0.2, 0.35, 0.5, 0.75, 0.999, 1.0):
         fitting = [kept for kept in range(total + 1) if shares[kept] <= budget]
         if not fitting:
-            with pytest.raises(ValueError, match=f"kv_budget must be at least {min(shares):.4f} here"):
+            with pytest.raises(
+                ValueError, match=f"kv_budget must be at least {min(shares):.4f} here"
+            ):
                 pattern.policy(kv_budget=budget, **options)
             continue
         policy = pattern.policy(kv_budget=budget, **options)
-        gated = [layer.retrieval for i, layer in enumerate(policy.layers) if not np.isnan(alpha[i, 0])]
+        gated = [
+            layer.retrieval for i, layer in enumerate(policy.layers) if not np.isnan(alpha[i, 0])
+        ]
         assert count(gated) == max(fitting)
 
 

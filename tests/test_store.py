@@ -52,7 +52,9 @@ class Program:
         self.draw = random.Random(seed)
         self.batch = self.draw.choice((1, 3))
         padded = self.draw.random() < 0.5
-        self.padding = torch.tensor([self.draw.randint(0, 9) for _ in range(self.batch)]) if padded else None
+        self.padding = (
+            torch.tensor([self.draw.randint(0, 9) for _ in range(self.batch)]) if padded else None
+        )
         self.store = make(like(self.batch))
         self.device_length = device_length
         self.rows: list[list[int]] = [[] for _ in range(self.batch)]
@@ -62,7 +64,10 @@ class Program:
         return torch.tensor(len(self.rows[0])) if self.device_length else len(self.rows[0])
 
     def append(self, count: int) -> None:
-        stamps = torch.arange(self.stamp, self.stamp + count)[None, :] + torch.arange(self.batch)[:, None] * 10000
+        stamps = (
+            torch.arange(self.stamp, self.stamp + count)[None, :]
+            + torch.arange(self.batch)[:, None] * 10000
+        )
         encoded = encode_pair(RAW, *tokens(stamps))
         if isinstance(self.store, RingStore):
             self.store.put_sinks(self.length(), encoded, self.padding)
@@ -73,7 +78,10 @@ class Program:
         self.longest = max(self.longest, len(self.rows[0]))
 
     def select(self) -> None:
-        index = [self.draw.randrange(self.batch) for _ in range(self.draw.choice((self.batch, self.batch, 2)))]
+        index = [
+            self.draw.randrange(self.batch)
+            for _ in range(self.draw.choice((self.batch, self.batch, 2)))
+        ]
         self.store.select_rows(torch.tensor(index))
         self.rows = [list(self.rows[row]) for row in index]
         self.padding = None if self.padding is None else self.padding[index]
@@ -82,14 +90,24 @@ class Program:
     def real(self, row: int) -> dict[int, int]:
         """Position -> stamp of every token of a row that is no padding."""
         skipped = 0 if self.padding is None else int(self.padding[row])
-        return {place - skipped: stamp for place, stamp in enumerate(self.rows[row]) if place >= skipped}
+        return {
+            place - skipped: stamp for place, stamp in enumerate(self.rows[row]) if place >= skipped
+        }
 
     def shown(self, row: int, dtype=torch.float32) -> dict[int, float]:
         return contents(self.store.pieces(self.length(), self.padding, dtype), row)
 
 
 def rings(static: bool, sink: int, ring: int):
-    return lambda pair: RingStore(RAW, pair, sink=sink, ring=ring, max_length=400 if static else None)
+    return lambda pair: RingStore(
+        RAW, pair, sink=sink, ring=ring, max_length=400 if static else None
+    )
+
+
+def full_store(static: bool):
+    if static:
+        return lambda pair: StaticStore(RAW, pair, max_length=300)
+    return lambda pair: GrowingStore(RAW, pair)
 
 
 FORMS = [
@@ -131,7 +149,11 @@ def test_a_cropped_ring_shows_what_is_left_and_says_what_is_lost(static, device_
             before = len(run.rows[0])
             count = run.draw.choice((1, 1, 3, 12))
             run.append(count)
-            alive = {place for place in alive | set(range(before, before + count)) if place >= before + count - ring}
+            alive = {
+                place
+                for place in alive | set(range(before, before + count))
+                if place >= before + count - ring
+            }
             kept = max(0, len(run.rows[0]) - run.draw.randint(0, 8))
             first = sink + (0 if run.padding is None else int(run.padding.min()))
             for oldest in range(max(0, kept - ring), kept + 1):
@@ -168,8 +190,7 @@ def test_a_ring_can_be_enlarged_without_losing_what_it_holds() -> None:
 @pytest.mark.parametrize("form", ["growing", "static", "device-length"])
 def test_a_store_shows_every_token(form) -> None:
     for seed in range(4):
-        make = (lambda pair: GrowingStore(RAW, pair)) if form == "growing" else lambda pair: StaticStore(RAW, pair, max_length=300)  # fmt: skip
-        run = Program(seed, make, device_length=form == "device-length")
+        run = Program(seed, full_store(form != "growing"), device_length=form == "device-length")
         while len(run.rows[0]) < 250:
             run.append(run.draw.choice((1, 2, 16, 45)))
             if run.draw.random() < 0.3:
@@ -195,7 +216,11 @@ def test_a_growing_store_adds_segments_and_copies_only_while_it_is_small() -> No
         pieces = store.pieces(length, None, torch.float32)
         assert sum(piece.position.shape[1] for piece in pieces) == length
         assert max(piece.position.shape[1] for piece in pieces) <= READ_LIMIT
-        assert all(keys[0, 0, :, 0].equal(piece.position[0].float()) for piece in pieces for keys in [piece.read()[0]])
+        assert all(
+            keys[0, 0, :, 0].equal(piece.position[0].float())
+            for piece in pieces
+            for keys in [piece.read()[0]]
+        )
     assert len(store.segments) > 2
 
 
@@ -211,7 +236,9 @@ def test_a_static_store_keeps_its_addresses() -> None:
     for store in stores:
         before = [tensor.data_ptr() for tensor in store.slots.keys + store.slots.values]
         for start in (0, 30, 31):
-            store.append(start, encode_pair(RAW, *tokens(torch.zeros(2, 30 if start == 0 else 1))), None)
+            store.append(
+                start, encode_pair(RAW, *tokens(torch.zeros(2, 30 if start == 0 else 1))), None
+            )
         store.select_rows(torch.tensor([1, 0]))
         assert [tensor.data_ptr() for tensor in store.slots.keys + store.slots.values] == before
 

@@ -19,8 +19,10 @@ from duohead.cache.view import HeadView, MaskedPiece
 
 BAND_TILE = 256
 FULL_TILE = 512
+MIN_TILE = 32
 JOIN_LIMIT = 8192
 JOIN_QUERIES = 8
+SCORE_LIMIT = 1 << 21
 FLOOR = -1e30
 
 
@@ -38,19 +40,24 @@ def attend(
     if plain and _is_causal(view, count):
         return _sdpa(query, view.keys, view.values, None, scale=scale, causal=count > 1)
     tile = FULL_TILE if view.reach is None else BAND_TILE
-    if not (plain and _is_short(view, count)):
+    if plain and _is_short(view, count):
+        if view.reach is None:
+            # The mask of one tile covers every key: as many entries at most as FULL_TILE x JOIN_LIMIT.
+            tile = max(MIN_TILE, min(tile, FULL_TILE * JOIN_LIMIT // view.keys.shape[2]))
+        tiles = list(_joined_tiles(query, view, tile, scale=scale))
+    else:
         tiles = [
             _merge(
                 query[:, :, :, start : start + tile],
-                view.pieces(start, min(start + tile, count)),
+                _blocks(
+                    view, start, min(start + tile, count), rows=query[:, :, :, :tile, 0].numel()
+                ),
                 scale=scale,
                 softcap=softcap,
                 sink_logits=sink_logits,
             )
             for start in range(0, count, tile)
         ]
-    else:
-        tiles = list(_joined_tiles(query, view, tile, scale=scale))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=3)
 
 
@@ -124,6 +131,17 @@ def _sdpa(
     return out.unflatten(1, shape[1:3])
 
 
+def _blocks(view: HeadView, start: int, stop: int, *, rows: int) -> Iterator[MaskedPiece]:
+    """What the queries [start, stop) reach, in blocks of at most SCORE_LIMIT scores for ``rows`` rows of scores."""
+    width = max(SCORE_LIMIT // rows, 1)
+    query_position = view.query_position[:, start:stop]
+    for keys, values, position, sinks in view.reads(start, stop):
+        for first in range(0, keys.shape[2], width):
+            block = slice(first, first + width)
+            mask = view.mask(query_position, position[:, block], sinks=sinks)
+            yield keys[:, :, block], values[:, :, block], mask
+
+
 def _merge(
     query: Tensor,
     pieces: Iterable[MaskedPiece],
@@ -141,10 +159,12 @@ def _merge(
         scores = (folded @ keys.to(wide).transpose(-1, -2)).unflatten(2, shape[2:4])
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask[:, :, None], FLOOR)
-        best = scores.amax(-1, keepdim=True)
+        scores = scores.masked_fill_(~mask[:, :, None], FLOOR)
+        # The result does not depend on the maximum, so no gradient goes through it. What a row without a visible key
+        # gathers meanwhile fades to zero at its first one, at the latest its own.
+        best = scores.detach().amax(-1, keepdim=True)
         new_top = best if top is None else torch.maximum(top, best)
-        weights = (scores - new_top).exp().masked_fill(~mask[:, :, None], 0.0)
+        weights = scores.sub_(new_top).exp_()
         gain = (weights.flatten(2, 3) @ values.to(wide)).unflatten(2, shape[2:4])
         if top is None:
             total, out = weights.sum(-1, keepdim=True), gain
@@ -155,7 +175,7 @@ def _merge(
     assert top is not None, "a view always has the new tokens as a piece"
     if sink_logits is not None:
         logit = sink_logits.to(wide)[None, :, :, None, None]
-        new_top = torch.maximum(top, logit)
+        new_top = torch.maximum(top, logit.detach())
         fade = (top - new_top).exp()
         total, out = total * fade + (logit - new_top).exp(), out * fade
     return (out / total).to(query.dtype)

@@ -1,13 +1,14 @@
 """`DuoCache`: a transformers cache in which each head keeps what its policy says, and nothing more.
 
 It is a `transformers.Cache` like any other (generate, beams, crop, reset), in a growing form and in a static form with
-fixed addresses for compiled graphs. Layers without KV heads (linear attention, convolution) keep transformers' own cache.
+fixed addresses for compiled graphs. Layers without KV heads (linear attention, convolution) keep their usual cache.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from duohead.cache.layer import DUO_KV_OFFSET, DuoHandle, DuoLayer
@@ -69,6 +70,36 @@ class DuoCache(Cache):
         """The layers that this policy governs."""
         return [layer for layer in self.layers if isinstance(layer, DuoLayer)]
 
+    def allocate(
+        self, rows: int, *, dtype: torch.dtype, device: torch.device | str, padded: bool = False
+    ) -> None:
+        """Create the stores now instead of at the first tokens, so that a compiled prefill finds fixed addresses.
+
+        Args:
+            rows: batch size.
+            dtype: the dtype the model computes in.
+            device: where the cache lives, all layers of it.
+            padded: whether some rows will have left padding.
+
+        Raises:
+            ValueError: the policy is not bound to a model, so that head sizes are unknown.
+        """
+        if not self.policy.shapes:
+            raise ValueError(
+                "allocate needs the head sizes of a model; make the cache with DuoCache(policy, model)"
+            )
+        for layer in self.duo_layers:
+            shape = self.policy.shapes[layer.index]
+            layer.allocate(
+                torch.empty(
+                    rows, shape.num_kv_heads, 0, shape.head_dim, dtype=dtype, device=device
+                ),
+                torch.empty(
+                    rows, shape.num_kv_heads, 0, shape.value_dim, dtype=dtype, device=device
+                ),
+                padded=padded,
+            )
+
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, scales included; what `HeadPolicy.kv_bytes` predicts."""
         return sum(layer.kv_bytes() for layer in self.duo_layers)
@@ -90,6 +121,17 @@ class DuoCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that fit, or -1 for a cache that grows."""
         return -1 if self.max_length is None else self.max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every layer (a negative number of them), or of none if one layer cannot.
+
+        Raises:
+            ValueError: a positive number, more tokens than there are, or one that needs evicted tokens back.
+        """
+        for layer in self.duo_layers:
+            layer.check_crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, DuoLayer)):
+            layer.crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Prepare every layer for exact crops; layers of transformers' own do it their way."""

@@ -84,6 +84,13 @@ class DuoLayer(CacheLayerMixin):
         self.is_initialized = True
         self._mark_static()
 
+    def allocate(self, keys: Tensor, values: Tensor, *, padded: bool) -> None:
+        """`lazy_initialization` ahead of the first tokens; ``padded`` rows get a place for their padding too."""
+        self.lazy_initialization(keys, values)
+        if padded:
+            self.padding = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+            self._mark_static()
+
     def _kind(self, spec: Store, keys: Tensor, values: Tensor) -> _Kind:
         heads = (
             torch.tensor(spec.heads, device=keys.device)
@@ -256,20 +263,9 @@ class DuoLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, more tokens than there are, or one that needs evicted tokens back.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove must be zero or negative (minus the number of tokens), got {tokens_to_remove}"
-            )
+        length = self.check_crop(tokens_to_remove)
         if tokens_to_remove == 0:
             return
-        length = int(self.length) + tokens_to_remove
-        if length < 0:
-            raise ValueError(
-                f"tokens_to_remove must be at least {-int(self.length)}, the tokens there are, got {tokens_to_remove}"
-            )
-        for kind in self.kinds:
-            if isinstance(kind.store, RingStore):
-                self._check_crop(kind.spec, kind.store, length, -tokens_to_remove)
         for kind in self.kinds:
             if isinstance(kind.store, RingStore):
                 kind.store.crop(length)
@@ -277,6 +273,22 @@ class DuoLayer(CacheLayerMixin):
             self.length.fill_(length)
         else:
             self.length = length
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """The length after `crop`, or the error that it would raise."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove must be zero or negative (minus the number of tokens), got {tokens_to_remove}"
+            )
+        length = int(self.length) + tokens_to_remove
+        if length < 0:
+            raise ValueError(
+                f"tokens_to_remove must be at least {-int(self.length)}, the tokens there are, got {tokens_to_remove}"
+            )
+        for kind in self.kinds:
+            if isinstance(kind.store, RingStore) and tokens_to_remove:
+                self._check_crop(kind.spec, kind.store, length, -tokens_to_remove)
+        return length
 
     def _check_crop(self, spec: Store, store: RingStore, length: int, removed: int) -> None:
         assert spec.ring is not None, "a ring store has a ring"

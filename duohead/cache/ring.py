@@ -1,8 +1,8 @@
 """Sinks and a ring: the store of heads that keep only the first and the last tokens.
 
-A new token overwrites the oldest one: keys carry their rotary position already and softmax does not care about order, so
-nothing is ever shifted. Rows with left padding have their own positions, so the first real tokens of each row are its
-sinks. Lengths may be device tensors, for compiled graphs; then every update has a fixed shape.
+A new token overwrites the oldest one: keys carry their rotary position already and softmax does not care about order,
+so nothing is ever shifted. Rows with left padding have their own positions, so the first real tokens of each row are
+its sinks. Lengths may be device tensors, for compiled graphs; then every update has a fixed shape.
 
 Shape letters: B rows, G KV heads, T slots, K new tokens.
 """

@@ -1,7 +1,7 @@
 """What the heads of one kind can read in one call: pieces of keys with their positions, old and new.
 
-Attention works on views only, so that it does not know whether keys come from a growing cache, a static one, or no cache
-at all. A piece decodes itself when it is read, one piece at a time, which bounds the temporary memory.
+Attention works on views only, so that it does not know whether keys come from a growing cache, a static one, or no
+cache at all. A piece decodes itself when it is read, one piece at a time, which bounds the temporary memory.
 
 Shape letters: B rows, G KV heads of one kind, Q query tokens, K key tokens, D head size.
 """
@@ -21,7 +21,7 @@ MaskedPiece = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive slots: ``read()`` gives keys and values [B, G, K, D]; ``position`` is [B or 1, K], -1 for empty."""
+    """Some slots: ``read()`` gives keys and values [B, G, K, D]; ``position`` [B or 1, K] is -1 where empty."""
 
     read: Callable[[], KeysAndValues]
     position: Tensor

@@ -1,0 +1,137 @@
+"""Attention beyond its outputs: gradients, refusals, the automatic choice, and work that grows with the length only."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import Inputs, dense, hold, inputs, make_policy, split, through_cache, without_cache
+
+from duohead import attention
+from duohead.attention import tiled
+from duohead.cache import HeadView
+from duohead.cache.direct import direct_views
+from duohead.policy import HeadPolicy
+
+IMPLS = ("reference", "tiled")
+
+
+def gradients(x: Inputs, policy: HeadPolicy, impl: str, **options) -> list[torch.Tensor]:
+    leaves = [tensor.double().requires_grad_() for tensor in (x.query, x.keys, x.values)]
+    out = without_cache(policy, Inputs(*leaves, x.padding), impl=impl, **options)
+    real = (x.position >= 0)[..., None, None]
+    weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(7))
+    return list(torch.autograd.grad((out * weight * real).sum(), leaves))
+
+
+@pytest.mark.parametrize("padding", [None, [0, 30]], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 2.0, "sink_logits": torch.tensor([0.5, -1.0, 2.0, 0.0])}],
+    ids=["plain", "extras"],
+)
+def test_gradients_of_tiled_are_those_of_the_reference(options, padding) -> None:
+    policy = make_policy("alternating", 2, sink=3, recent=40)
+    x = inputs(320, kv_heads=2, groups=2, dim=8, padding=padding)
+    for ours, theirs in zip(
+        gradients(x, policy, "tiled", **options),
+        gradients(x, policy, "reference", **options),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_are_the_slopes(impl) -> None:
+    policy = make_policy("alternating", 2, sink=1, recent=3)
+    x = inputs(7, kv_heads=2, dim=4, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (x.query, x.keys, x.values)]
+    assert torch.autograd.gradcheck(
+        lambda *each: without_cache(policy, Inputs(*each), impl=impl), leaves
+    )
+
+
+def views(length: int, **fields) -> tuple[Inputs, list[HeadView]]:
+    policy = make_policy("alternating", 2, sink=1, recent=3, **fields)
+    x = inputs(length, kv_heads=2, dim=8)
+    return x, direct_views(policy, 0, x.keys, x.values, queries=length, mask=None)
+
+
+@pytest.mark.parametrize("operation", [attention.prefill, attention.decode])
+def test_an_unknown_implementation_is_refused(operation) -> None:
+    x, seen = views(3)
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, tiled, got 'flash'"):
+        operation(x.query, seen, scale=1.0, impl="flash")
+
+
+def test_decode_takes_a_handful_of_queries() -> None:
+    x, seen = views(9)
+    with pytest.raises(ValueError, match="decode takes at most 8 query tokens, got 9; use prefill"):
+        attention.decode(x.query, seen, scale=1.0)
+    x, seen = views(8)
+    assert torch.equal(
+        attention.decode(x.query, seen, scale=1.0), attention.prefill(x.query, seen, scale=1.0)
+    )
+
+
+def test_the_automatic_choice_is_logged_once_and_an_explicit_one_never(caplog) -> None:
+    x, seen = views(3)
+    attention._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="duohead"):
+        attention.prefill(x.query, seen, scale=1.0, impl="reference")
+        assert not caplog.records
+        for _ in range(3):
+            attention.prefill(x.query, seen, scale=1.0)
+    assert [record.getMessage() for record in caplog.records] == ["attention on cpu: impl=tiled"]
+
+
+def test_a_policy_of_another_geometry_is_refused() -> None:
+    x = inputs(4, kv_heads=3, dim=8)
+    with pytest.raises(ValueError, match="layer 0 got 3 KV heads but its policy has 2"):
+        without_cache(make_policy("none", 2), x)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("form", ["cache", "no-cache"])
+def test_the_work_of_streaming_prefill_is_linear_in_length(form, options, monkeypatch) -> None:
+    """No query tile reads more key columns than sinks, window and the tile itself."""
+    columns: list[int] = []
+    reads = HeadView.reads
+
+    def counting(self: HeadView, start: int, stop: int):
+        found = list(reads(self, start, stop))
+        columns.append(sum(keys.shape[2] for keys, *_ in found))
+        return iter(found)
+
+    monkeypatch.setattr(HeadView, "reads", counting)
+    policy = make_policy("none", 1, sink=64, recent=256)
+    work = {}
+    for length in (2048, 4096, 8192):
+        columns.clear()
+        x = inputs(length, kv_heads=1, dim=8)
+        run = without_cache if form == "no-cache" else through_cache
+        run(policy, x, *([] if form == "no-cache" else [split(length, 1024)]), **options)
+        assert columns
+        assert max(columns) <= 64 + 255 + 2 * tiled.BAND_TILE
+        work[length] = sum(columns)
+    assert work[4096] <= 2.1 * work[2048]
+    assert work[8192] <= 2.1 * work[4096]
+
+
+def test_the_oracle_itself_is_softmax_attention() -> None:
+    x = inputs(5, kv_heads=1, dim=8, dtype=torch.float64)
+    out = dense(x.query, x.keys, x.values, torch.ones(1, 1, 5, 5, dtype=torch.bool), scale=0.5)
+    weights = torch.exp(x.query[0, 0] @ x.keys[0, 0].T * 0.5)
+    expected = weights @ x.values[0, 0] / weights.sum(-1, keepdim=True)
+    assert torch.allclose(out[0, :, 0], expected, rtol=0, atol=1e-14)
+
+
+def test_the_budget_refuses_what_is_wrong_by_one_token() -> None:
+    policy = make_policy("none", 1, sink=4, recent=20)
+    x = inputs(60, kv_heads=1)
+    out = without_cache(policy, x)
+    hold(out, policy, x)
+    with pytest.raises(AssertionError, match="beyond the budget"):
+        hold(out, replace(policy, recent=21), x)
+    with pytest.raises(AssertionError):
+        hold(out * float("nan"), policy, x)
