@@ -54,16 +54,15 @@ def layer_shapes(model_or_config: Any) -> tuple[LayerShape, ...]:
 
 def _layer_shapes(config: Any) -> Iterator[LayerShape]:
     num_layers = getattr(config, "num_hidden_layers", None)
-    num_heads = getattr(config, "num_attention_heads", None)
-    if num_layers is None or num_heads is None:
+    if num_layers is None or not hasattr(_layer_config(config, 0), "num_attention_heads"):
         raise ValueError(
             f"config must describe a decoder with num_hidden_layers and num_attention_heads, got "
             f"{type(config).__name__} without them; pass a causal language model or its config"
         )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
-            f"{type(config).__name__} describes multi-head latent attention (kv_lora_rank), whose cache has no KV heads; "
-            f"duohead does not support it"
+            f"{type(config).__name__} describes multi-head latent attention (kv_lora_rank), whose cache has no KV "
+            f"heads; duohead does not support it"
         )
     layer_types = getattr(config, "layer_types", None)
     for index in range(num_layers):
@@ -71,11 +70,18 @@ def _layer_shapes(config: Any) -> Iterator[LayerShape]:
         if layer_type in KV_FREE_TYPES:
             yield LayerShape(num_kv_heads=0, head_dim=0, value_dim=0)
             continue
-        heads = _per_layer(num_heads, index)
-        kv_heads = _per_layer(getattr(config, "num_key_value_heads", None) or heads, index)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        value_dim = getattr(config, "v_head_dim", None) or head_dim
-        yield LayerShape(kv_heads, head_dim, value_dim, _window(config, layer_type, index))
+        layer = _layer_config(config, index)
+        heads = _per_layer(layer.num_attention_heads, index)
+        kv_heads = _per_layer(getattr(layer, "num_key_value_heads", None) or heads, index)
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        value_dim = getattr(layer, "v_head_dim", None) or head_dim
+        yield LayerShape(kv_heads, head_dim, value_dim, _window(layer, layer_type, index))
+
+
+def _layer_config(config: Any, index: int) -> Any:
+    """The config of one layer; a model whose layers differ in geometry refuses to be asked for all of them at once."""
+    layers = getattr(config, "per_layer_config", None)
+    return config if layers is None else layers[index]
 
 
 def _per_layer(value: Any, index: int) -> int:

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from duohead.cache.view import HeadView, MaskedPiece
 
-BAND_TILE = 256
+BAND_TILE = 128
 FULL_TILE = 512
+# Key columns of one call over several tiles of a band: bounds the copies that overlapping bands need.
+GROUP_COLUMNS = 16384
 MIN_TILE = 32
 JOIN_LIMIT = 8192
 JOIN_QUERIES = 8
@@ -39,7 +41,7 @@ def attend(
     count = query.shape[3]
     if plain and _is_causal(view, count):
         return _sdpa(query, view.keys, view.values, None, scale=scale, causal=count > 1)
-    tile = FULL_TILE if view.reach is None else BAND_TILE
+    tile = FULL_TILE if view.reach is None else min(max(BAND_TILE, view.reach // 4), FULL_TILE)
     if plain and _is_short(view, count):
         if view.reach is None:
             # The mask of one tile covers every key: as many entries at most as FULL_TILE x JOIN_LIMIT.
@@ -62,24 +64,49 @@ def attend(
 
 
 def _joined_tiles(query: Tensor, view: HeadView, tile: int, *, scale: float) -> Iterator[Tensor]:
-    """The tiles in order, each one call of PyTorch's attention; tiles far from the start share one mask."""
-    count = query.shape[3]
-    shared: Tensor | None = None
-    for start in range(0, count, tile):
-        stop = min(start + tile, count)
-        part = query[:, :, :, start:stop]
-        keys, values, position, sinks = zip(*view.reads(start, stop), strict=True)
-        whole_and_steady = stop - start == tile and view.steady(start)
-        if shared is None or not whole_and_steady:
-            masks = [
-                view.mask(view.query_position[:, start:stop], place, sinks=is_sink)
-                for place, is_sink in zip(position, sinks, strict=True)
-            ]
-            mask = _join(masks, dim=-1)
-            shared = mask if whole_and_steady else None
+    """The tiles in order; those far from the start share one mask, so many of them are one call."""
+    start, count = 0, query.shape[3]
+    while start < count:
+        whole = (count - start) // tile
+        if whole and view.reach is not None and view.steady(start):
+            width = view.reach - 1 + tile
+            tiles = min(whole, max(GROUP_COLUMNS // (view.sink + width), 1))
+            stop = start + tiles * tile
+            yield _band(query[:, :, :, start:stop], view, start, tiles, width=width, scale=scale)
         else:
-            mask = shared
-        yield _sdpa(part, _join(keys, dim=2), _join(values, dim=2), mask, scale=scale)
+            stop = min(start + tile, count)
+            pieces = list(view.pieces(start, stop))
+            keys, values, mask = (
+                _join(parts, dim)
+                for parts, dim in zip(zip(*pieces, strict=True), (2, 2, -1), strict=True)
+            )
+            yield _sdpa(query[:, :, :, start:stop], keys, values, mask, scale=scale)
+        start = stop
+
+
+def _band(
+    query: Tensor, view: HeadView, start: int, tiles: int, *, width: int, scale: float
+) -> Tensor:
+    """Several tiles under the mask of the first one: they become rows of one call, each with its ``width`` keys."""
+    rows, tile = query.shape[0], query.shape[3] // tiles
+    *sinks, (keys, values, position, _) = view.reads(start, start + query.shape[3])
+    asked = view.query_position[:, start : start + tile]
+    masks = [view.mask(asked, place, sinks=True) for _, _, place, _ in sinks]
+    mask = _join([*masks, view.mask(asked, position[:, :width], sinks=False)], -1)
+
+    def per_tile(band: Tensor, first: list[Tensor]) -> Tensor:
+        parts = [part.expand(tiles, *part.shape) for part in first]
+        parts.append(band.unfold(2, width, tile).permute(2, 0, 1, 4, 3))
+        return torch.cat(parts, dim=3).flatten(0, 1)
+
+    out = _sdpa(
+        query.unflatten(3, (tiles, tile)).permute(3, 0, 1, 2, 4, 5).flatten(0, 1),
+        per_tile(keys, [piece[0] for piece in sinks]),
+        per_tile(values, [piece[1] for piece in sinks]),
+        mask,
+        scale=scale,
+    )
+    return out.unflatten(0, (tiles, rows)).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
 
 
 def _is_causal(view: HeadView, count: int) -> bool:
@@ -102,7 +129,7 @@ def _is_short(view: HeadView, count: int) -> bool:
     return len(view.past) == 0 or (count > JOIN_QUERIES and past + view.keys.shape[2] <= JOIN_LIMIT)
 
 
-def _join(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     rows = max(part.shape[0] for part in parts)

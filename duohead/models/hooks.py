@@ -1,8 +1,9 @@
 """The two functions that transformers calls: attention by name, and the mask that goes with it.
 
-Both are registered once under the name "duo". The policy comes from the attention module (`duohead.models.interface` puts
-it there), the storage from the cache handle, the padding from the mask. What they cannot honour they refuse, because every
-one of those cases runs without an error and gives wrong tokens otherwise.
+Both are registered once under the name "duo". The policy comes from the attention module
+(`duohead.models.interface` puts it there), the storage from the cache handle, the padding from the
+mask. What they cannot honour they refuse, because every one of those cases runs without an error and
+gives wrong tokens otherwise.
 
 Shape letters: B rows, H query heads, G KV heads, Q query tokens, K key tokens, D head size.
 """
@@ -101,7 +102,7 @@ def duo_attention(
     out = step(query, views, scale=scale, softcap=softcap, sink_logits=s_aux, impl=plan.impl)
     if isinstance(key, DuoHandle):
         key.commit()
-    return out, None
+    return out.contiguous(), None  # some models take a view of it
 
 
 def _refuse(

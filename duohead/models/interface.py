@@ -1,8 +1,9 @@
 """Putting a policy on a transformers model and taking it off again: `duo`, `enable`, `disable`.
 
-Nothing of the model is copied or patched by class: its modules get a private copy of their config that names our
-attention function, a plan each, one pre-forward hook, and one instance method that makes the cache for `generate`. All of
-it is undone exactly, and two models with two policies do not know of each other.
+Nothing of the model is copied or patched by class: its modules get a private copy of their config
+that names our attention function, a plan each, one pre-forward hook, and one instance method that
+makes the cache for `generate`. All of it is undone exactly, and two models with two policies do not
+know of each other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache
 
@@ -28,14 +29,8 @@ from duohead.models.probe import probe
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
 
-STATIC_CACHES = (
-    "static",
-    "hybrid",
-    "sliding_window",
-    "hybrid_chunked",
-    "offloaded_static",
-    "offloaded_hybrid",
-)
+STATE = "_duohead_state"
+STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked")
 
 
 @dataclass
@@ -48,7 +43,6 @@ class _Installed:
     hook: torch.utils.hooks.RemovableHandle
 
 
-_installed: weakref.WeakKeyDictionary[nn.Module, _Installed] = weakref.WeakKeyDictionary()
 _probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -81,10 +75,14 @@ def enable(model: Any, policy: HeadPolicy, *, impl: str = "auto", probe: bool = 
     """Put ``policy`` on ``model`` until `disable`; arguments, result and errors as for `duo`."""
     target = unwrap(model)
     check_impl(impl)
-    if target in _installed:
+    if STATE in vars(target):
         raise ValueError("this model has a policy already; call duohead.disable(model) first")
     _check_kind(target)
     bound = policy.bind(target)
+    if not any(layer.num_kv_heads for layer in bound.layers):
+        raise ValueError(
+            f"{type(target).__name__} has no layer with KV heads, so a policy has nothing to do"
+        )
     if probe and target not in _probed:
         _probe(target, bound, impl)
         _probed.add(target)
@@ -99,20 +97,19 @@ def disable(model: Any) -> None:
         ValueError: the model has no policy.
     """
     target = unwrap(model)
-    if target not in _installed:
+    if STATE not in vars(target):
         raise ValueError("this model has no policy; nothing to disable")
-    state = _installed.pop(target)
+    state: _Installed = vars(target).pop(STATE)
     state.hook.remove()
     target.__dict__.pop("_prepare_cache_for_generation", None)
     for module in state.planned:
         delattr(module, PLAN)
-    for module, config in state.configs:
-        module.config = config
+    _put_back(state.configs)
 
 
 def policy_of(model: Any) -> HeadPolicy | None:
     """The bound policy that is on ``model`` now, or None."""
-    state = _installed.get(unwrap(model))
+    state: _Installed | None = vars(unwrap(model)).get(STATE)
     return None if state is None else state.policy
 
 
@@ -153,6 +150,14 @@ def _probe(model: PreTrainedModel, policy: HeadPolicy, impl: str) -> None:
     )
 
     @contextmanager
+    def eager() -> Iterator[None]:
+        configs = _private_configs(model, "eager")
+        try:
+            yield
+        finally:
+            _put_back(configs)
+
+    @contextmanager
     def installed() -> Iterator[None]:
         _install(model, lossless, impl)
         try:
@@ -160,7 +165,7 @@ def _probe(model: PreTrainedModel, policy: HeadPolicy, impl: str) -> None:
         finally:
             disable(model)
 
-    probe(model, lossless, installed)
+    probe(model, lossless, eager, installed)
 
 
 def _install(model: PreTrainedModel, policy: HeadPolicy, impl: str) -> None:
@@ -170,25 +175,35 @@ def _install(model: PreTrainedModel, policy: HeadPolicy, impl: str) -> None:
         if isinstance(getattr(module, "layer_idx", None), int)
         and module.layer_idx < len(policy.layers)
     ]
-    configs = [(module, module.config) for module in model.modules() if "config" in vars(module)]
-    _copy_configs(model, configs)
+    configs = _private_configs(model, NAME)
     for module in planned:
-        if "config" in vars(module):
-            module.config._attn_implementation_internal = NAME
         setattr(module, PLAN, LayerPlan(policy, int(module.layer_idx), impl))
     hook = model.register_forward_pre_hook(_cache_hook(model, policy), with_kwargs=True)
-    model._prepare_cache_for_generation = types.MethodType(  # type: ignore[method-assign]
+    model._prepare_cache_for_generation = types.MethodType(
         _prepare_cache(type(model)._prepare_cache_for_generation, policy), model
     )
-    _installed[model] = _Installed(policy, configs, planned, hook)
+    # On the model rather than in a table here: what is installed refers to the model and would keep it alive.
+    vars(model)[STATE] = _Installed(policy, configs, planned, hook)
 
 
-def _copy_configs(model: PreTrainedModel, configs: list[tuple[nn.Module, Any]]) -> None:
-    """Give the modules private configs, equal in every way but the attention's name; shared ones stay shared."""
+def _private_configs(model: PreTrainedModel, attention: str) -> list[tuple[nn.Module, Any]]:
+    """Give the modules private configs, equal in every way but the attention's name; returns the ones they had.
+
+    Modules that shared a config share its copy.
+    """
+    configs = [(module, module.config) for module in model.modules() if "config" in vars(module)]
     memo: dict[int, Any] = {}
     for module, config in configs:
         module.config = copy.deepcopy(config, memo)
-    text_config(model)._attn_implementation_internal = NAME
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.config._attn_implementation_internal = attention
+    text_config(model)._attn_implementation_internal = attention
+    return configs
+
+
+def _put_back(configs: list[tuple[nn.Module, Any]]) -> None:
+    for module, config in configs:
+        module.config = config
 
 
 def _cache_hook(model: PreTrainedModel, policy: HeadPolicy) -> Callable[..., Any]:
@@ -200,18 +215,43 @@ def _cache_hook(model: PreTrainedModel, policy: HeadPolicy) -> Callable[..., Any
         if torch.compiler.is_compiling():
             return None
         given = args[place] if len(args) > place else kwargs.get("past_key_values")
-        if isinstance(given, StaticCache):
-            raise ValueError(
-                "a StaticCache of transformers gives wrong tokens under a policy; "
-                "pass past_key_values=DuoCache(policy, model, max_length=...)"
-            )
+        if given is not None:
+            _check_cache(given, policy)
+            return None
         use_cache = kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
-        if given is None and wanted and not module.training and len(args) <= place:
+        if wanted and not module.training and len(args) <= place:
+            _check_unpacked(kwargs)
             return args, {**kwargs, "past_key_values": DuoCache(policy, model), "use_cache": True}
         return None
 
     return hook
+
+
+def _check_cache(cache: Any, policy: HeadPolicy) -> None:
+    """Refuse caches that would give wrong tokens without an error."""
+    if isinstance(cache, StaticCache):
+        raise ValueError(
+            "a StaticCache of transformers gives wrong tokens under a policy; "
+            "pass past_key_values=DuoCache(policy, model, max_length=...)"
+        )
+    if isinstance(cache, DuoCache) and cache.policy != policy:
+        raise ValueError(
+            "the DuoCache was made for another policy than the one on the model; make it with the policy that "
+            "duo(model, policy) yields"
+        )
+
+
+def _check_unpacked(kwargs: dict[str, Any]) -> None:
+    """Refuse several texts in one row: beside a cache, transformers' masks do not look for them."""
+    places = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is not None or places is None or places.ndim != 2:
+        return
+    if bool((places.diff() != 1).any()):
+        raise ValueError(
+            "position_ids must count up by one within a row, got packed sequences (positions that restart); "
+            "pass one sequence a row"
+        )
 
 
 def _prepare_cache(original: Callable[..., Any], policy: HeadPolicy) -> Callable[..., Any]:
@@ -228,27 +268,25 @@ def _prepare_cache(original: Callable[..., Any], policy: HeadPolicy) -> Callable
         given = model_kwargs.get("past_key_values")
         kind = generation_config.cache_implementation
         if given is None and generation_config.use_cache is not False:
-            if kind not in (None, "dynamic", *STATIC_CACHES) or (kind or "").startswith(
-                "offloaded"
-            ):
+            if kind not in (None, "dynamic", *STATIC_CACHES):
                 raise ValueError(
-                    f"cache_implementation must be 'dynamic' or 'static' under a policy, got {kind!r}; storage precision "
-                    f"is the policy's retrieval_dtype and streaming_dtype"
+                    f"cache_implementation must be 'dynamic' or 'static' under a policy, got {kind!r}; storage "
+                    f"precision is the policy's retrieval_dtype and streaming_dtype"
                 )
-            cache = DuoCache(
-                policy, self, max_length=max_cache_length if kind in STATIC_CACHES else None
-            )
+            room = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            cache = DuoCache(policy, self, max_length=room if kind in STATIC_CACHES else None)
+            if kind in STATIC_CACHES and generation_config.prefill_chunk_size is not None:
+                # transformers compiles a chunked prefill, which must not create the stores inside a graph.
+                copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+                _allocate(cache, self, batch_size * copies, model_kwargs.get("attention_mask"))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
             return None
+        if given is not None:
+            _check_cache(given, policy)
         if isinstance(given, DuoCache):
-            _check_fit(given, policy, max_cache_length)
-        elif isinstance(given, StaticCache):
-            raise ValueError(
-                "a StaticCache of transformers gives wrong tokens under a policy; "
-                "pass past_key_values=DuoCache(policy, model, max_length=...)"
-            )
+            _check_fit(given, max_cache_length)
         elif isinstance(given, Cache) and any(
             getattr(layer, "is_sliding", False) for layer in given.layers
         ):
@@ -263,12 +301,13 @@ def _prepare_cache(original: Callable[..., Any], policy: HeadPolicy) -> Callable
     return prepare
 
 
-def _check_fit(cache: DuoCache, policy: HeadPolicy, tokens: int) -> None:
-    if cache.policy != policy:
-        raise ValueError(
-            "the DuoCache was made for another policy than the one on the model; make it with the policy that "
-            "duo(model, policy) yields"
-        )
+def _allocate(cache: DuoCache, model: PreTrainedModel, rows: int, mask: Tensor | None) -> None:
+    if len(set(getattr(model, "hf_device_map", {}).values())) <= 1:
+        padded = mask is not None and not bool(mask.all())
+        cache.allocate(rows, dtype=model.dtype, device=model.device, padded=padded)
+
+
+def _check_fit(cache: DuoCache, tokens: int) -> None:
     if cache.max_length is not None and cache.max_length < tokens:
         raise ValueError(
             f"max_length of this static cache is {cache.max_length} tokens but {tokens} are needed; "

@@ -1,8 +1,9 @@
 """A check at run time that a model keeps transformers' attention contract, instead of a list of models.
 
-The contract: every attention layer calls ``cache.update`` once, passes the result untouched to the registered attention
-function, and uses what it returns. The probe runs a handful of tokens with every head kept and compares with the model's
-own attention; a model that fails is refused with the part that failed.
+The contract: every attention layer calls ``cache.update`` once, passes the result untouched to the
+registered attention function, and uses what it returns. The probe runs a handful of tokens with
+every head kept and compares with the model's own attention; a model that fails is refused with the
+part that failed.
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ LOW_PRECISION_TOLERANCE = 0.15
 def probe(
     model: PreTrainedModel,
     policy: HeadPolicy,
+    eager: Callable[[], AbstractContextManager[None]],
     installed: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Check ``model`` under ``policy`` (all heads kept); ``installed`` puts the policy on the model and takes it off.
+    """Check ``model`` against its own eager attention, which honours every argument (SDPA drops a soft cap).
+
+    Args:
+        model: the model.
+        policy: a policy for it that keeps every head.
+        eager: a context in which the model uses its eager attention.
+        installed: a context in which the policy is on the model.
 
     Raises:
         ValueError: the model breaks the contract; the message names the part.
@@ -39,21 +47,24 @@ def probe(
     vocabulary = text_config(model).vocab_size
     device = model.get_input_embeddings().weight.device
     ids = (torch.arange(TOKENS, device=device) * 7 + 3).remainder(vocabulary)[None, :]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+            with eager():
+                expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
             with installed():
                 found = _cached_logits(model, policy, ids, name)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
     limit = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
     if not error <= limit:
         raise ValueError(
-            f"{name} does not keep the attention contract: with every head kept, logits differ from its own attention by "
-            f"{error:.2g} (relative, limit {limit:g}); keys or values are changed after cache.update, or masks differ"
+            f"{name} does not keep the attention contract: with every head kept, logits differ from its own "
+            f"attention by {error:.2g} (relative, limit {limit:g}); keys or values are "
+            f"changed after cache.update, or masks differ"
         )
 
 
@@ -67,7 +78,7 @@ def _cached_logits(model: PreTrainedModel, policy: HeadPolicy, ids: Tensor, name
         logits = model(input_ids=ids[:, split:], past_key_values=cache, use_cache=True).logits
     except (AttributeError, TypeError) as error:
         ours = isinstance(getattr(error, "obj", None), DuoHandle)
-        detail = f"it asks them for {error.name!r}" if ours else str(error)
+        detail = f"it asks them for {getattr(error, 'name', None)!r}" if ours else str(error)
         raise ValueError(
             f"{name} does not keep the attention contract: it handles keys and values between cache.update and the "
             f"attention function, or has no attention function that can be replaced ({detail})"
