@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 Encoded = tuple[Tensor, ...]
-FP8_MAX = 448.0
+# Largest stored level of each format.
+FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 15.0
 GROUP = 128
 
 
@@ -53,7 +54,7 @@ def _raw(name: str, dtype: torch.dtype) -> Codec:
 def _encode_fp8(x: Tensor) -> Encoded:
     """e4m3 with one fp16 scale per vector; stored as uint8 because float8 lacks index_copy and gather on CPU."""
     x32 = x.float()
-    scale = _half_up(x32.abs().amax(-1, keepdim=True) / FP8_MAX)
+    scale = _half_up(_over(x32.abs().amax(-1, keepdim=True), FP8_MAX))
     stored = (x32 / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return stored.view(torch.uint8), scale
 
@@ -66,7 +67,7 @@ def _decode_fp8(stored: Encoded, head_dim: int, out: torch.dtype) -> Tensor:
 def _encode_int8(x: Tensor) -> Encoded:
     """Symmetric int8 with one fp16 scale per vector."""
     x32 = x.float()
-    scale = _half_up(x32.abs().amax(-1, keepdim=True) / 127.0)
+    scale = _half_up(_over(x32.abs().amax(-1, keepdim=True), INT8_MAX))
     return (x32 / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 
@@ -83,7 +84,7 @@ def _encode_int4(x: Tensor) -> Encoded:
     # The stored (rounded) minimum is what decode adds, so the scale must span from it to the maximum.
     minimum = _to_half(x32.amin(-1))
     top = (x32.amax(-1) - minimum.float()).clamp(min=0.0)
-    scale = _half_up(top / 15.0)
+    scale = _half_up(_over(top, INT4_MAX))
     level = (
         ((x32 - minimum.float()[..., None]) / scale.float()[..., None])
         .round()
@@ -114,6 +115,12 @@ def _group(head_dim: int) -> int:
             f"head_dim must be even for int4 storage, got {head_dim}; use 'int8' for this model"
         )
     return max(size for size in range(2, min(head_dim, GROUP) + 1, 2) if head_dim % size == 0)
+
+
+def _over(x: Tensor, levels: float) -> Tensor:
+    """``x`` / ``levels``, rounded correctly on every device, so that the stored bits are the same on all of them."""
+    # By a number, CUDA would multiply with its rounded reciprocal instead.
+    return x / torch.full((), levels, device=x.device)
 
 
 def _to_half(x: Tensor) -> Tensor:

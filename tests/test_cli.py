@@ -27,8 +27,8 @@ PERMITTED = {
     "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png",
     "evaluate": "model pattern retrieval-ratio sink recent random-draws tasks lengths depths samples text chunk json "
     "png seed",
-    "generate": "policy retrieval-ratio threshold sink recent retrieval-dtype streaming-dtype prompt-file max-new-tokens "
-    "chunk temperature top-p seed dtype device",
+    "generate": "policy retrieval-ratio threshold sink recent retrieval-dtype streaming-dtype prompt-file "
+    "max-new-tokens chunk temperature top-p seed dtype device",
     "bench": "lengths heads kv-heads head-dim batch sink recent impl dtype device seconds json",
 }
 

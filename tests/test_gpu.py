@@ -28,7 +28,9 @@ LIMIT = 1e-4
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3-next"])
-def test_a_family_on_the_gpu_equals_the_dense_reference_on_the_cpu(family: str, static: bool) -> None:
+def test_a_family_on_the_gpu_equals_the_dense_reference_on_the_cpu(
+    family: str, static: bool
+) -> None:
     model = tiny(family)
     policy = policy_for(model, "alternating")
     tokens, mask = left_padded([LENGTH, LENGTH - 9])
@@ -40,7 +42,8 @@ def test_a_family_on_the_gpu_equals_the_dense_reference_on_the_cpu(family: str, 
     assert_close(found, expected, mask, limit=LIMIT)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "laguna"])
+# No mixture of experts: in fp32, transformers' own expert products wait for the host, which a graph cannot.
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 def test_decode_in_cuda_graphs_equals_the_reference(family: str) -> None:
     torch._dynamo.reset()
     model = tiny(family)
@@ -55,7 +58,9 @@ def test_decode_in_cuda_graphs_equals_the_reference(family: str) -> None:
         step = torch.compile(model, fullgraph=True, mode="reduce-overhead")
         found = [
             step(
-                input_ids=tokens[:, at : at + 1].cuda(), position_ids=place[:, at : at + 1].clone(), past_key_values=cache
+                input_ids=tokens[:, at : at + 1].cuda(),
+                position_ids=place[:, at : at + 1].clone(),
+                past_key_values=cache,
             ).logits.cpu()
             for at in range(LENGTH - 8, LENGTH)
         ]
@@ -109,7 +114,9 @@ def test_growing_to_64k_tokens_never_holds_two_copies() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_attention_through_the_cache_keeps_the_error_budget(dtype: torch.dtype, chunk: int | None) -> None:
+def test_attention_through_the_cache_keeps_the_error_budget(
+    dtype: torch.dtype, chunk: int | None
+) -> None:
     policy = HeadPolicy.from_heads(retrieval=[[1]], num_kv_heads=4, sink=4, recent=63)
     x = inputs(1000, kv_heads=4, groups=4, dim=128, padding=(0, 77), dtype=dtype)
     there = replace(x, query=x.query.cuda(), keys=x.keys.cuda(), values=x.values.cuda())
@@ -124,5 +131,11 @@ def test_attention_through_the_cache_keeps_the_error_budget(dtype: torch.dtype, 
         start += count
     mask = policy_mask(policy, 0, x.position, x.position)
     assert_within_budget(
-        torch.cat(outs, 1).cpu(), x.query, x.keys, x.values, mask, real=x.position >= 0, scale=128**-0.5
+        torch.cat(outs, 1).cpu(),
+        x.query,
+        x.keys,
+        x.values,
+        mask,
+        real=x.position >= 0,
+        scale=128**-0.5,
     )

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import LENGTH, assert_close, expected_greedy, expected_logits, ids, left_padded, policy_for, tiny
+from tiny import (
+    LENGTH,
+    assert_close,
+    expected_greedy,
+    expected_logits,
+    ids,
+    left_padded,
+    policy_for,
+    tiny,
+)
 
 from duohead import DuoCache, HeadPattern, HeadPolicy, duo, pocket
 from duohead.bench.kernels import PrefillShape, streaming_prefill
@@ -20,7 +29,11 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads")
     model, _ = pocket.load("pocket")
     config = model.config
-    alpha = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=torch.Generator().manual_seed(0))
+    alpha = torch.rand(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        generator=torch.Generator().manual_seed(0),
+    )
     HeadPattern.from_alpha(alpha.numpy(), model=model).save(folder)
     return folder
 
@@ -33,7 +46,9 @@ def test_prefill_gives_the_last_logits_whatever_the_chunk(chunk: int | None) -> 
     done: list[int] = []
     with duo(model, policy) as bound:
         cache = DuoCache(bound, model)
-        found = prefill(model, tokens, cache, attention_mask=mask, chunk=chunk, progress=done.append)
+        found = prefill(
+            model, tokens, cache, attention_mask=mask, chunk=chunk, progress=done.append
+        )
     assert_close(found, expected_logits(model, policy, tokens, mask)[:, -1])
     assert sum(done) == LENGTH
     assert cache.get_seq_length() == LENGTH
@@ -68,7 +83,10 @@ def test_more_tokens_than_positions_are_an_error() -> None:
             prefill(model, ids(length=129), DuoCache(bound, model))
 
 
-@pytest.mark.parametrize(("chunk", "length", "message"), [(0, 5, "chunk must be at least 1"), (1, 0, "at least one token")])
+@pytest.mark.parametrize(
+    ("chunk", "length", "message"),
+    [(0, 5, "chunk must be at least 1"), (1, 0, "at least one token")],
+)
 def test_senseless_prefills_are_errors(chunk: int, length: int, message: str) -> None:
     model = tiny("llama")
     with duo(model, policy_for(model, "all")) as bound, pytest.raises(ValueError, match=message):
@@ -80,7 +98,16 @@ def test_the_command_writes_the_answer_and_the_cost(
 ) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("It was a bright cold day in April. " * 40)
-    command = ["generate", "pocket", "--policy", str(heads), "--prompt-file", str(prompt), "--device", "cpu"]
+    command = [
+        "generate",
+        "pocket",
+        "--policy",
+        str(heads),
+        "--prompt-file",
+        str(prompt),
+        "--device",
+        "cpu",
+    ]
     assert main([*command, "--max-new-tokens", "8", "--chunk", "64"]) == 0
     streamed = capsys.readouterr()
     assert streamed.out.strip()
@@ -117,7 +144,9 @@ def test_a_wrong_argument_is_one_line(
     assert message in lines[0]
 
 
-def test_a_pattern_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pattern_of_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     HeadPattern.from_alpha([[0.1, 0.9]] * 3).save(tmp_path / "other")
     (tmp_path / "prompt.txt").write_text("Once upon a time")
     arguments = ["--policy", str(tmp_path / "other"), "--prompt-file", str(tmp_path / "prompt.txt")]
@@ -125,7 +154,9 @@ def test_a_pattern_of_another_model_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "layers" in capsys.readouterr().err
 
 
-def test_bench_reports_and_records_what_passed_the_oracle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_reports_and_records_what_passed_the_oracle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "made" / "prefill.jsonl"
     small = ["--lengths", "300", "600", "--recent", "64", "--seconds", "0", "--json", str(target)]
     assert main(["bench", "kernels", *small]) == 0
@@ -135,16 +166,22 @@ def test_bench_reports_and_records_what_passed_the_oracle(tmp_path: Path, capsys
     for entry in entries:
         numbers = entry["numbers"]
         assert 0 <= numbers["error"] <= numbers["error_budget"]
-        assert numbers["speedup"] == numbers["causal_sdpa_median_ms"] / numbers["streaming_median_ms"]
+        assert (
+            numbers["speedup"] == numbers["causal_sdpa_median_ms"] / numbers["streaming_median_ms"]
+        )
 
 
 def test_bench_refuses_to_time_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     from duohead.bench import kernels
 
     right = kernels.attention.prefill
-    monkeypatch.setattr(kernels.attention, "prefill", lambda *args, **options: right(*args, **options) * 1.01)
+    monkeypatch.setattr(
+        kernels.attention, "prefill", lambda *args, **options: right(*args, **options) * 1.01
+    )
     with pytest.raises(ValueError, match="no speed is reported"):
-        streaming_prefill(PrefillShape(200, recent=32), device=torch.device("cpu"), dtype=torch.float32)
+        streaming_prefill(
+            PrefillShape(200, recent=32), device=torch.device("cpu"), dtype=torch.float32
+        )
 
 
 def test_measure_counts_the_warm_up_apart() -> None:
@@ -157,7 +194,9 @@ def test_measure_counts_the_warm_up_apart() -> None:
 def test_a_streaming_policy_predicts_the_cache_of_a_long_prompt() -> None:
     model, _ = pocket.load("pocket")
     layers, kv_heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-    policy = HeadPolicy.from_heads(retrieval=[[0]] * layers, num_kv_heads=kv_heads, sink=16, recent=64)
+    policy = HeadPolicy.from_heads(
+        retrieval=[[0]] * layers, num_kv_heads=kv_heads, sink=16, recent=64
+    )
     tokens = torch.arange(5, 1005)[None]
     with duo(model, policy) as bound:
         cache = DuoCache(bound, model)

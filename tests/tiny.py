@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -35,7 +36,12 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 _HYBRID_MOE = {**_MOE, "shared_expert_intermediate_size": 16}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -45,11 +51,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": WINDOW}),
     "qwen2": ("Qwen2", {}),
-    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {}),
     "qwen3-moe": ("Qwen3Moe", {**_MOE, "decoder_sparse_step": 1}),
-    "gemma2": ("Gemma2", {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 2}),
-    "gemma3": ("Gemma3", {"sliding_window": WINDOW, "layer_types": _SLIDING, "query_pre_attn_scalar": 2}),
+    "gemma2": (
+        "Gemma2",
+        {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 2},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"sliding_window": WINDOW, "layer_types": _SLIDING, "query_pre_attn_scalar": 2},
+    ),
     "gemma4": (  # head sizes differ by layer
         "Gemma4",
         {
@@ -63,12 +78,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": (
         "GptOss",
-        {"sliding_window": WINDOW, "layer_types": _SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            "sliding_window": WINDOW,
+            "layer_types": _SLIDING,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     ),
     "phi3": ("Phi3", {}),
     "olmo2": ("Olmo2", {}),
     "granite": ("Granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.5}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     "cohere2": ("Cohere2", {"sliding_window": WINDOW, "layer_types": _SLIDING, "logit_scale": 1.0}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     "laguna": (
@@ -82,20 +105,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 16,
         },
     ),
-    "afmoe": ("Afmoe", {**_MOE, "sliding_window": WINDOW, "layer_types": _SLIDING, "num_dense_layers": 1}),
+    "afmoe": (
+        "Afmoe",
+        {**_MOE, "sliding_window": WINDOW, "layer_types": _SLIDING, "num_dense_layers": 1},
+    ),
     "qwen3-next": (
         "Qwen3Next",
         {
             **_HYBRID_MOE,
             "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "layer_types": [
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+                "full_attention",
+            ],
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 2,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
         },
     ),
-    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm2": (
+        "Lfm2",
+        {
+            "layer_types": ["conv", "full_attention", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
 }
 HYBRIDS = ("qwen3-next", "lfm2")
 
@@ -146,10 +183,14 @@ def kv_heads(model: Any) -> list[int]:
     """KV heads per layer, 0 for layers without KV cache, counted on the model's own modules."""
     config = model.config
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [0 if kind in ("conv", "linear_attention") else config.num_key_value_heads for kind in types]
+    return [
+        0 if kind in ("conv", "linear_attention") else config.num_key_value_heads for kind in types
+    ]
 
 
-def policy_for(model: Any, kind: str, *, sink: int = SINK, recent: int = RECENT, **fields: Any) -> HeadPolicy:
+def policy_for(
+    model: Any, kind: str, *, sink: int = SINK, recent: int = RECENT, **fields: Any
+) -> HeadPolicy:
     """A policy of a kind: none, all, alternating, random, gap (no retrieval head in layer 1)."""
     heads = kv_heads(model)
     draw = random.Random(7)
@@ -161,8 +202,12 @@ def policy_for(model: Any, kind: str, *, sink: int = SINK, recent: int = RECENT,
         "gap": lambda layer, head: layer != 1,
     }
     keep = choose[kind]
-    retrieval = [[head for head in range(count) if keep(layer, head)] for layer, count in enumerate(heads)]
-    return HeadPolicy.from_heads(retrieval=retrieval, num_kv_heads=heads, sink=sink, recent=recent, **fields)
+    retrieval = [
+        [head for head in range(count) if keep(layer, head)] for layer, count in enumerate(heads)
+    ]
+    return HeadPolicy.from_heads(
+        retrieval=retrieval, num_kv_heads=heads, sink=sink, recent=recent, **fields
+    )
 
 
 _kept: dict[nn.Module, tuple[list[bool], int, int]] = {}
@@ -184,10 +229,18 @@ def dense_reference(
     retrieval, sink, recent = _kept[module]
     rows, heads, count, _ = query.shape
     group = heads // key.shape[1]
-    mask = torch.ones(rows, count, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    mask = (
+        torch.ones(rows, count, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.bool()
+    )
     place = torch.arange(count) - (~mask).int().cumprod(-1).sum(-1, keepdim=True)
     i, j = place[:, None, :, None], place[:, None, None, :]
-    seen = (j <= i) & (torch.tensor(retrieval)[None, :, None, None] | (j < sink) | (i - j < recent)) & (j >= 0)
+    seen = (
+        (j <= i)
+        & (torch.tensor(retrieval)[None, :, None, None] | (j < sink) | (i - j < recent))
+        & (j >= 0)
+    )
     if sliding_window is not None:
         seen = seen & (i - j < sliding_window)
     seen = (seen | (i < 0)).repeat_interleave(group, 1)
@@ -202,7 +255,9 @@ def dense_reference(
 
 
 AttentionInterface.register("dense_reference", dense_reference)
-AttentionMaskInterface.register("dense_reference", lambda *args, attention_mask=None, **kwargs: attention_mask)
+AttentionMaskInterface.register(
+    "dense_reference", lambda *args, attention_mask=None, **kwargs: attention_mask
+)
 
 
 @contextmanager
@@ -224,10 +279,14 @@ def masked(model: PreTrainedModel, policy: HeadPolicy) -> Iterator[None]:
 
 
 @torch.no_grad()
-def expected_logits(model: Any, policy: HeadPolicy, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def expected_logits(
+    model: Any, policy: HeadPolicy, tokens: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Logits [B, T, V] of the masked dense reference."""
     with masked(model, policy):
-        return model(input_ids=tokens, attention_mask=mask, position_ids=_place(mask), use_cache=False).logits
+        return model(
+            input_ids=tokens, attention_mask=mask, position_ids=_place(mask), use_cache=False
+        ).logits
 
 
 def _place(mask: Tensor | None) -> Tensor | None:
@@ -235,11 +294,15 @@ def _place(mask: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def expected_greedy(model: Any, policy: HeadPolicy, tokens: Tensor, new: int, mask: Tensor | None = None) -> Tensor:
+def expected_greedy(
+    model: Any, policy: HeadPolicy, tokens: Tensor, new: int, mask: Tensor | None = None
+) -> Tensor:
     """Greedy continuation without a cache: the whole text through the reference for every token."""
     with masked(model, policy):
         for _ in range(new):
-            logits = model(input_ids=tokens, attention_mask=mask, position_ids=_place(mask), use_cache=False).logits
+            logits = model(
+                input_ids=tokens, attention_mask=mask, position_ids=_place(mask), use_cache=False
+            ).logits
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return tokens
@@ -266,9 +329,18 @@ def chunked_logits(
     return torch.cat(found, 1)
 
 
-def assert_close(found: Tensor, expected: Tensor, mask: Tensor | None = None, *, limit: float = 1e-5) -> None:
+def assert_close(
+    found: Tensor, expected: Tensor, mask: Tensor | None = None, *, limit: float = 1e-5
+) -> None:
     """Largest difference on real tokens at most ``limit`` times the largest logit (at least 1)."""
     if mask is not None:
         found, expected = found[mask.bool()], expected[mask.bool()]
     error = float((found - expected).abs().max())
     assert error <= limit * max(1.0, float(expected.abs().max())), f"logits differ by {error:.2e}"
+
+
+def refused(message: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """The call raises one ValueError of one line that matches ``message``."""
+    with pytest.raises(ValueError, match=message) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)

@@ -1,14 +1,14 @@
-"""The text that needles are hidden in: read from any files, or the documentation inside CPython, as token ids.
+"""The text that needles are hidden in, as token ids: any files, or the documentation inside CPython.
 
-Identification and evaluation need long, real prose that is never repeated to fill a context, because repeated text can be
-predicted by copying and would hide which heads retrieve. Use `tokens(read_text(paths), tokenizer, at_least=8192)`.
+Identification and evaluation need long, real prose that is never repeated to fill a context, because repeated text can
+be predicted by copying and would hide which heads retrieve. Use `tokens(read_text(paths), tokenizer, at_least=8192)`.
 """
 
 from __future__ import annotations
 
 import gzip
 import lzma
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BLOCK = 65536
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 
 
 def read_text(paths: str | Path | Iterable[str | Path]) -> str:
@@ -40,8 +40,7 @@ def _read_file(path: Path) -> str:
             f"text file {str(path)!r} is a folder; name the files in it, for example {path}/*.txt"
         )
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
-            raw: bytes = stream.read()
+        raw = _UNPACK.get(path.suffix, bytes)(path.read_bytes())
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(
             f"text file {str(path)!r} cannot be read ({error}); give a plain, .xz or .gz text"

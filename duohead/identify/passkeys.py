@@ -1,4 +1,4 @@
-"""The synthetic task that shows which heads retrieve: passkeys hidden in a long text and asked for by ordinal at its end.
+"""The synthetic task that shows which heads retrieve: passkeys hidden in a long text, asked for by ordinal at its end.
 
 A head matters for retrieval if the answers get worse without its long context, so the answers are random words that
 nothing but the far needle can predict. `passkey_sample` makes one sequence with the spans of its answers;
@@ -130,7 +130,8 @@ def _check_passkeys(
         raise ValueError(f"depths must be two ascending shares between 0 and 1, got {depths}")
     if depth_steps < num_passkeys:
         raise ValueError(
-            f"depth_steps must be at least num_passkeys={num_passkeys}, got {depth_steps}; each passkey has a depth of its own"
+            f"depth_steps must be at least num_passkeys={num_passkeys}, got {depth_steps}; "
+            "each passkey has a depth of its own"
         )
 
 
@@ -183,12 +184,14 @@ def _window(
 ) -> list[int]:
     if room < 1:
         raise ValueError(
-            f"context_length={context_length} is too small: needles and questions alone need {context_length - room} tokens; "
+            f"context_length={context_length} is too small: needles and questions alone need "
+            f"{context_length - room} tokens; "
             "give a longer context, or fewer or shorter needles"
         )
     if len(haystack_ids) < room:
         raise ValueError(
-            f"haystack_ids is too short: context_length={context_length} leaves room for {room} tokens of text and there are "
+            f"haystack_ids is too short: context_length={context_length} leaves room for {room} tokens of text and "
+            f"there are "
             f"{len(haystack_ids)}; give a longer text, or ask for a shorter context"
         )
     start = int(torch.randint(len(haystack_ids) - room + 1, (1,), generator=generator))

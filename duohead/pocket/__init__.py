@@ -1,7 +1,7 @@
 """The bundled pocket models: small Llamas trained to retrieve, so that everything here runs offline on a CPU.
 
-`pocket` has grouped-query attention (4 KV heads for 8 query heads), `pocket-mha` is its multi-head twin (8 KV heads);
-each folder holds weights, tokenizer and a card with its scores, and tools/train_pocket.py made it. Use `load("pocket")`.
+`pocket` has grouped-query attention (4 KV heads, 8 query heads), `pocket-mha` is its multi-head twin (8 KV heads);
+each folder holds weights, tokenizer and a card with its scores; tools/train_pocket.py made it. Use `load("pocket")`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ NAMES = ("pocket", "pocket-mha")
 def folder(name: str) -> Path:
     """Folder of a bundled model (readable by transformers' Auto classes); ValueError for an unknown name."""
     if name not in NAMES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}; other models load with transformers")
+        raise ValueError(
+            f"name must be one of {', '.join(NAMES)}, got {name!r}; other models load with transformers"
+        )
     path = Path(__file__).parent / name
     if not (path / "model.safetensors").is_file():
         raise ValueError(
@@ -29,7 +31,14 @@ def folder(name: str) -> Path:
     return path
 
 
-def load(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def pattern(name: str) -> Path:
+    """Folder of the pattern that was identified on the bundled model `name`, for `HeadPattern.load`."""
+    return folder(name) / "pattern"
+
+
+def load(
+    name: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The bundled model `name`, in evaluation mode on the CPU, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

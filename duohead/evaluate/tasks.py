@@ -1,0 +1,227 @@
+"""Needle formats for evaluation: each task hides something in a text at a given depth and asks for it at the end.
+
+Formats differ in key, value and wording, and from the one that identifies the heads, so that a good score means
+retrieval and not a remembered template. `TASKS[name].make(tokenizer, haystack_ids, context_length=8192, depth=0.5,
+generator=g)`; a change of wording or scoring raises the task's `version`, which every record carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from duohead.identify.passkeys import Needle, Sample, ask_passkeys, weave
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAMES = (
+    "Agnes Barnaby Cordelia Dmitri Eleanor Fergus Greta Horatio Imogen Jasper Katya Lionel Marigold Nathaniel Octavia "
+    "Percival Quentin Rosalind Silas Tabitha Ulric Verity Winifred Xavier Yolanda Zachary"
+).split()
+_PLACES = (
+    "Lisbon Vienna Cairo Dublin Geneva Havana Kyoto Lima Madrid Naples Oslo Prague Quito Rome Seville Turin"
+).split()
+_VERBS = "paint count carry follow mend polish bury borrow feed watch".split()
+_COLOURS = "amber black blue copper golden green grey ivory purple red silver white yellow".split()
+_THINGS = "bells boats candles clocks doors horses kites lanterns ladders mirrors roses spoons stones wagons".split()
+_SPOTS = "behind the mill,by the old bridge,in the garden,near the harbour,on the hill,under the stairs".split(
+    ","
+)
+
+
+class Make(Protocol):
+    """Builds one sample of exactly `context_length` tokens with a needle at `depth` (share of the haystack, 0 to 1)."""
+
+    def __call__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        haystack_ids: torch.Tensor,
+        *,
+        context_length: int,
+        depth: float,
+        generator: torch.Generator,
+    ) -> Sample:
+        """A sample for a needle at `depth`."""
+        ...
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """A named, versioned needle format; `description` is one line for tables and reports."""
+
+    name: str
+    version: int
+    description: str
+    build: Make
+
+    def make(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        haystack_ids: torch.Tensor,
+        *,
+        context_length: int,
+        depth: float,
+        generator: torch.Generator,
+    ) -> Sample:
+        """One sample of exactly `context_length` tokens; ValueError for a depth outside 0 to 1 or too little text."""
+        if not 0 <= depth <= 1:
+            raise ValueError(
+                f"depth must be between 0 and 1, got {depth}; 0 is the start of the text, 1 its end"
+            )
+        return self.build(
+            tokenizer, haystack_ids, context_length=context_length, depth=depth, generator=generator
+        )
+
+
+def _choose(options: list[str], generator: torch.Generator, count: int = 1) -> list[str]:
+    return [options[i] for i in torch.randperm(len(options), generator=generator)[:count].tolist()]
+
+
+def _digits(count: int, generator: torch.Generator) -> str:
+    return "".join(str(d) for d in torch.randint(10, (count,), generator=generator).tolist())
+
+
+def _spread(depth: float, count: int, generator: torch.Generator) -> tuple[list[float], int]:
+    """`depth` and `count` - 1 random depths in ascending order, and the place of `depth` among them."""
+    others = (0.05 + 0.9 * torch.rand(count - 1, generator=generator)).tolist()
+    depths = sorted([depth, *others])
+    return depths, depths.index(depth)
+
+
+def _passkeys(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    *,
+    context_length: int,
+    depth: float,
+    generator: torch.Generator,
+) -> Sample:
+    """Ten passkeys of 32 words, one of them at `depth`; all ten are asked for by ordinal."""
+    depths, _ = _spread(depth, 10, generator)
+    return ask_passkeys(
+        tokenizer,
+        haystack_ids,
+        context_length=context_length,
+        depths=depths,
+        passkey_words=32,
+        generator=generator,
+    )
+
+
+def _needle(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    *,
+    context_length: int,
+    depth: float,
+    generator: torch.Generator,
+) -> Sample:
+    """One sentence; the question repeats its first words and the answer is the rest."""
+    place, verb, colour, thing, spot = (
+        _choose(options, generator)[0] for options in (_PLACES, _VERBS, _COLOURS, _THINGS, _SPOTS)
+    )
+    start = f"The finest way to spend an evening in {place} is to"
+    value = f" {verb} {_choose(['six', 'seven', 'twelve', 'forty'], generator)[0]} {colour} {thing} {spot}"
+    needle = Needle(
+        depth,
+        f"\n\n{start}",
+        value,
+        ".\n\n",
+        f"What is the finest way to spend an evening in {place}?\n{start}",
+    )
+    return weave(
+        tokenizer,
+        haystack_ids,
+        [needle],
+        context_length=context_length,
+        intro="",
+        outro="\n\n",
+        question_end="",
+        generator=generator,
+    )
+
+
+def _number(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    *,
+    context_length: int,
+    depth: float,
+    generator: torch.Generator,
+) -> Sample:
+    """Seven digits of a person, among three other people's; the one at `depth` is asked for."""
+    depths, asked = _spread(depth, 4, generator)
+    needles = [
+        Needle(
+            at,
+            f"\nOne more thing to note: the magic number of {name} is",
+            " " + _digits(7, generator),
+            ".\n",
+            f"What is the magic number of {name}?\nIt is",
+        )
+        for at, name in zip(depths, _choose(_NAMES, generator, 4), strict=True)
+    ]
+    return weave(
+        tokenizer,
+        haystack_ids,
+        needles,
+        context_length=context_length,
+        intro="",
+        outro="\n\n",
+        question_end="",
+        asked=[asked],
+        generator=generator,
+    )
+
+
+def _keyvalue(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: torch.Tensor,
+    *,
+    context_length: int,
+    depth: float,
+    generator: torch.Generator,
+) -> Sample:
+    """Twelve settings `colour_thing = value` spread over the text; the one at `depth` is asked for."""
+    depths, asked = _spread(depth, 12, generator)
+    pairs = [f"{colour}_{thing}" for colour in _COLOURS for thing in _THINGS]
+    needles = [
+        Needle(
+            at,
+            f"\n\n[setting] {key} =",
+            f" {_choose(_THINGS, generator)[0]}-{_digits(4, generator)}",
+            "\n\n",
+            f"[look up] {key} =",
+        )
+        for at, key in zip(depths, _choose(pairs, generator, 12), strict=True)
+    ]
+    return weave(
+        tokenizer,
+        haystack_ids,
+        needles,
+        context_length=context_length,
+        intro="",
+        outro="\n\n",
+        question_end="",
+        asked=[asked],
+        generator=generator,
+    )
+
+
+def _task(name: str, version: int, description: str, build: Callable[..., Sample]) -> NeedleTask:
+    return NeedleTask(name, version, description, build)
+
+
+TASKS: dict[str, NeedleTask] = {
+    task.name: task
+    for task in (
+        _task("passkeys", 1, "ten passkeys of 32 words, all asked for by ordinal", _passkeys),
+        _task("needle", 1, "one sentence; the question repeats its beginning", _needle),
+        _task("number", 1, "a seven-digit number asked for by a name, among four", _number),
+        _task("keyvalue", 1, "the value of a key, among twelve", _keyvalue),
+    )
+}

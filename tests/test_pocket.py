@@ -1,0 +1,106 @@
+"""The bundled models load, are as small as promised, and retrieve; the tool that makes them runs on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from duohead import pocket
+from duohead.identify.haystack import default_text, tokens
+from duohead.identify.passkeys import passkey_sample
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for tools/
+
+
+def test_all_bundled_models_fit_in_24_megabytes() -> None:
+    sizes = {
+        name: sum(file.stat().st_size for file in pocket.folder(name).iterdir())
+        for name in pocket.NAMES
+    }
+    assert sum(sizes.values()) < 24_000_000
+    assert all(
+        (pocket.folder(name) / "model.safetensors").stat().st_size <= 8_000_000
+        for name in pocket.NAMES
+    )
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("pocket", 4), ("pocket-mha", 8)])
+def test_a_bundled_model_loads_in_the_asked_dtype_and_shape(name: str, kv_heads: int) -> None:
+    model, tokenizer = pocket.load(name, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert sum(p.numel() for p in model.parameters()) <= 3_990_000
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (8, kv_heads)
+    assert model.config.head_dim == 64 and model.config.max_position_embeddings == 32768
+    text = "It's 42 degrees, said the café owner.\n\n  Twice."
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("name", pocket.NAMES)
+def test_a_bundled_model_answers_nine_of_ten_passkey_questions_on_unseen_prose(name: str) -> None:
+    model, tokenizer = pocket.load(name)
+    haystack = tokens(default_text(), tokenizer, at_least=4096)
+    generator = torch.Generator().manual_seed(0)
+    sample = passkey_sample(tokenizer, haystack, context_length=2048, generator=generator)
+    with torch.no_grad():
+        predicted = model(sample.input_ids[None]).logits[0].argmax(-1)
+    right = sum(
+        torch.equal(predicted[start - 1 : end - 1], sample.input_ids[start:end])
+        for start, end in sample.answers
+    )
+    assert right >= 9
+
+
+@pytest.mark.parametrize("name", pocket.NAMES)
+def test_the_card_states_scores_and_training(name: str) -> None:
+    card = (pocket.folder(name) / "README.md").read_text(encoding="utf-8")
+    for words in ("exact match", "first token", "Perplexity", "minutes on", "16384", "## Limits"):
+        assert words in card
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="name must be one of pocket, pocket-mha, got 'giant'"):
+        pocket.load("giant")
+
+
+def test_the_training_form_of_the_model_computes_what_transformers_computes() -> None:
+    from tools.pocket_model import PocketLlama
+    from tools.pocket_scores import of_transformers
+    from tools.train_pocket import TINY
+
+    torch.manual_seed(0)
+    model = PocketLlama(TINY.config(), compute=torch.float32, compiled=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    ids, places = torch.randint(1024, (2, 40)), torch.arange(80)
+    theirs = of_transformers(model.to_transformers().eval())(ids, places)
+    torch.testing.assert_close(model.logits(ids, places), theirs, atol=1e-5, rtol=1e-5)
+    assert theirs.std() > 0.1
+
+
+def test_the_training_tool_makes_a_loadable_folder_on_a_cpu(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(default_text()[:250_000], encoding="utf-8")
+    command = [
+        sys.executable,
+        "tools/train_pocket.py",
+        "--text",
+        str(text),
+        "--out",
+        str(tmp_path / "tiny"),
+        "--tiny",
+    ]
+    command += ["--minutes", "0.03", "--workers", "0", "--results", str(tmp_path / "results.jsonl")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {r["op"] for r in records} == {"needle", "perplexity"}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        file.name for file in (tmp_path / "tiny").iterdir()
+    }
