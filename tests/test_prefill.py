@@ -164,6 +164,7 @@ def test_bench_reports_and_records_what_passed_the_oracle(
     entries = [json.loads(line) for line in target.read_text().splitlines()]
     assert [entry["shape"]["length"] for entry in entries] == [300, 600]
     for entry in entries:
+        assert entry["impl"] == "tiled"
         numbers = entry["numbers"]
         assert 0 <= numbers["error"] <= numbers["error_budget"]
         assert (

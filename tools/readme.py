@@ -19,7 +19,7 @@ from duohead.evaluate.results import NeedleResult  # noqa: E402
 from duohead.files import write_text  # noqa: E402
 from duohead.record import read_records  # noqa: E402
 
-NAMES = {"full": "full attention", "streaming": "none (all streaming)"}
+NAMES = {"full": "all (full attention)", "streaming": "none (all heads stream)"}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -39,20 +39,16 @@ def needles() -> str:
     for method in result.methods:
         if method.startswith("random"):
             continue
-        rows.append(
-            _needle_row(result, NAMES.get(method, _share(method)), [method], lengths, dense)
-        )
+        name = NAMES.get(method) or f"identified, {_share(method)}"
+        rows.append(_needle_row(result, name, [method], lengths, dense))
         rivals = [
-            name
-            for name in result.methods
-            if name.startswith(method.replace("duo", "random") + "_")
+            rival
+            for rival in result.methods
+            if rival.startswith(method.replace("duo", "random") + "_")
         ]
         if rivals:
-            rows.append(
-                _needle_row(
-                    result, f"random {_share(method)}, {len(rivals)} draws", rivals, lengths, dense
-                )
-            )
+            name = f"random, {_share(method)} ({len(rivals)} draws)"
+            rows.append(_needle_row(result, name, rivals, lengths, dense))
     head = [
         "heads that keep everything",
         *(f"{n // 1024}K" for n in lengths),
@@ -100,7 +96,7 @@ def prefill() -> str:
 
 def _machine(entry: dict[str, Any]) -> str:
     hardware, versions = entry["hardware"], entry["versions"]
-    name = hardware.get("gpu") or f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
+    name = (hardware.get("gpus") or [f"{hardware['cpu']}, {hardware['cores']} cores"])[0]
     return f"{name}; torch {versions['torch']}, transformers {versions['transformers']}."
 
 

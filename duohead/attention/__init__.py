@@ -84,15 +84,20 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
+def choose(impl: str, device: str) -> str:
+    """The implementation that ``impl`` stands for on a device type ("cpu", "cuda"); "auto" is resolved and logged once."""
+    check_impl(impl)
+    if impl != "auto":
+        return impl
+    if not torch.compiler.is_compiling():
+        _log_choice("tiled", device)
+    return "tiled"
+
+
 def _implementation(impl: str, device: str) -> Callable[..., Tensor]:
     from duohead.attention import reference, tiled
 
-    check_impl(impl)
-    if impl == "auto":
-        if not torch.compiler.is_compiling():
-            _log_choice("tiled", device)
-        impl = "tiled"
-    return reference.attend if impl == "reference" else tiled.attend
+    return reference.attend if choose(impl, device) == "reference" else tiled.attend
 
 
 @functools.cache

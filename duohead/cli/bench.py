@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    from duohead.attention import choose
     from duohead.bench.kernels import PrefillShape, streaming_prefill
     from duohead.record import write_record
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             write_record(
                 args.json,
                 op="prefill.streaming",
-                impl=args.impl,
+                impl=choose(args.impl, device.type),
                 shape=vars(shape),
                 dtype=dtype,
                 numbers=result.numbers(),
