@@ -85,7 +85,7 @@ def check_impl(impl: str) -> None:
 
 
 def choose(impl: str, device: str) -> str:
-    """The implementation that ``impl`` stands for on a device type ("cpu", "cuda"); "auto" is resolved and logged once."""
+    """The implementation that ``impl`` means on a device type ("cpu", "cuda"); what "auto" chooses is logged once."""
     check_impl(impl)
     if impl != "auto":
         return impl
