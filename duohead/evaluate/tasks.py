@@ -32,6 +32,9 @@ _SPOTS = "behind the mill,by the old bridge,in the garden,near the harbour,on th
     ","
 )
 
+# Needles in ascending depth, and which of them are asked for.
+Plan = tuple[list[Needle], list[int]]
+
 
 class Make(Protocol):
     """Builds one sample of exactly `context_length` tokens with a needle at `depth` (share of the haystack, 0 to 1)."""
@@ -112,14 +115,7 @@ def _passkeys(
     )
 
 
-def _needle(
-    tokenizer: PreTrainedTokenizerBase,
-    haystack_ids: torch.Tensor,
-    *,
-    context_length: int,
-    depth: float,
-    generator: torch.Generator,
-) -> Sample:
+def _needle(depth: float, generator: torch.Generator) -> Plan:
     """One sentence; the question repeats its first words and the answer is the rest."""
     place, verb, colour, thing, spot = (
         _choose(options, generator)[0] for options in (_PLACES, _VERBS, _COLOURS, _THINGS, _SPOTS)
@@ -133,26 +129,10 @@ def _needle(
         ".\n\n",
         f"What is the finest way to spend an evening in {place}?\n{start}",
     )
-    return weave(
-        tokenizer,
-        haystack_ids,
-        [needle],
-        context_length=context_length,
-        intro="",
-        outro="\n\n",
-        question_end="",
-        generator=generator,
-    )
+    return [needle], [0]
 
 
-def _number(
-    tokenizer: PreTrainedTokenizerBase,
-    haystack_ids: torch.Tensor,
-    *,
-    context_length: int,
-    depth: float,
-    generator: torch.Generator,
-) -> Sample:
+def _number(depth: float, generator: torch.Generator) -> Plan:
     """Seven digits of a person, among three other people's; the one at `depth` is asked for."""
     depths, asked = _spread(depth, 4, generator)
     needles = [
@@ -165,27 +145,10 @@ def _number(
         )
         for at, name in zip(depths, _choose(_NAMES, generator, 4), strict=True)
     ]
-    return weave(
-        tokenizer,
-        haystack_ids,
-        needles,
-        context_length=context_length,
-        intro="",
-        outro="\n\n",
-        question_end="",
-        asked=[asked],
-        generator=generator,
-    )
+    return needles, [asked]
 
 
-def _keyvalue(
-    tokenizer: PreTrainedTokenizerBase,
-    haystack_ids: torch.Tensor,
-    *,
-    context_length: int,
-    depth: float,
-    generator: torch.Generator,
-) -> Sample:
+def _keyvalue(depth: float, generator: torch.Generator) -> Plan:
     """Twelve settings `colour_thing = value` spread over the text; the one at `depth` is asked for."""
     depths, asked = _spread(depth, 12, generator)
     pairs = [f"{colour}_{thing}" for colour in _COLOURS for thing in _THINGS]
@@ -199,29 +162,46 @@ def _keyvalue(
         )
         for at, key in zip(depths, _choose(pairs, generator, 12), strict=True)
     ]
-    return weave(
-        tokenizer,
-        haystack_ids,
-        needles,
-        context_length=context_length,
-        intro="",
-        outro="\n\n",
-        question_end="",
-        asked=[asked],
-        generator=generator,
-    )
+    return needles, [asked]
 
 
-def _task(name: str, version: int, description: str, build: Callable[..., Sample]) -> NeedleTask:
-    return NeedleTask(name, version, description, build)
+def _woven(recipe: Callable[[float, torch.Generator], Plan]) -> Make:
+    """A format that is nothing but needles in a text and questions after it."""
+
+    def build(
+        tokenizer: PreTrainedTokenizerBase,
+        haystack_ids: torch.Tensor,
+        *,
+        context_length: int,
+        depth: float,
+        generator: torch.Generator,
+    ) -> Sample:
+        needles, asked = recipe(depth, generator)
+        return weave(
+            tokenizer,
+            haystack_ids,
+            needles,
+            context_length=context_length,
+            intro="",
+            outro="\n\n",
+            question_end="",
+            asked=asked,
+            generator=generator,
+        )
+
+    return build
 
 
 TASKS: dict[str, NeedleTask] = {
     task.name: task
     for task in (
-        _task("passkeys", 1, "ten passkeys of 32 words, all asked for by ordinal", _passkeys),
-        _task("needle", 1, "one sentence; the question repeats its beginning", _needle),
-        _task("number", 1, "a seven-digit number asked for by a name, among four", _number),
-        _task("keyvalue", 1, "the value of a key, among twelve", _keyvalue),
+        NeedleTask("passkeys", 1, "ten passkeys of 32 words, all asked for by ordinal", _passkeys),
+        NeedleTask(
+            "needle", 1, "one sentence; the question repeats its beginning", _woven(_needle)
+        ),
+        NeedleTask(
+            "number", 1, "a seven-digit number asked for by a name, among four", _woven(_number)
+        ),
+        NeedleTask("keyvalue", 1, "the value of a key, among twelve", _woven(_keyvalue)),
     )
 }
