@@ -52,9 +52,10 @@ def test_text_is_read_from_plain_xz_and_gz_files(tmp_path: Path) -> None:
         ("image.png", b"\x89PNG\0\0", "is binary"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "is not UTF-8"),
         ("broken.xz", b"not an archive", "cannot be read"),
-        ("cut.gz", gzip.compress(bytes(range(32, 120)))[:40], "cannot be read"),
+        ("cut.gz", gzip.compress(bytes(range(32, 120)), mtime=0)[:40], "cannot be read"),
         ("missing.txt", None, "does not exist"),
     ],
+    ids=["empty", "binary", "latin", "broken", "cut", "missing"],
 )
 def test_bad_text_files_are_named_with_the_reason(
     tmp_path: Path, name: str, content: bytes | None, message: str
