@@ -221,13 +221,18 @@ def _read_tsv(path: Path) -> NDArray[np.float64]:
     if not path.exists():
         raise ValueError(f"{path} is missing; copy the folder whole, or identify again")
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: expected tab-separated numbers, found binary data; is it the right file?"
         ) from error
+    if text.strip() and not text.endswith("\n"):
+        raise ValueError(
+            f"{path}: expected a line end after the last row, found none; the file may be truncated, copy it again "
+            f"(or add the line end if it is whole)"
+        )
     rows: list[list[float]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.rstrip().splitlines(), start=1):
         try:
             rows.append([float(cell) for cell in line.split()])
         except ValueError as error:
@@ -283,7 +288,13 @@ def _read_pickle(path: Path) -> NDArray[np.float64]:
             else type(value).__name__
         )
         raise ValueError(f"{path}: expected one tensor (layers, KV heads), found {found}")
-    return value.double().numpy()
+    try:
+        return value.detach().double().numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a plain tensor of numbers, found another kind ({_first_line(error)}); "
+            f"use the {TSV} instead"
+        ) from error
 
 
 def _clipped(values: NDArray[np.float64], path: Path) -> Alpha:
@@ -310,7 +321,7 @@ def _check_range(values: NDArray[Any], path: Path, low: float, high: float) -> N
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # includes UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError
         raise ValueError(
             f"{path}: expected JSON, got something else ({_first_line(error)}); copy it again"
         ) from error

@@ -189,6 +189,10 @@ class HeadPattern:
         """
         from duohead.policy import HeadPolicy
 
+        if tokens < 1:
+            raise ValueError(
+                f"tokens must be at least 1, got {tokens}; it is the length kv_budget counts at"
+            )
         layers, columns = self.alpha.shape
         kv_heads = self.kv_heads or (columns,) * layers
 

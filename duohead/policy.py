@@ -260,6 +260,7 @@ class HeadPolicy:
             dtype: what "auto" storage means; by default the bound model's dtype, else bfloat16.
             rollback: extra tokens that streaming heads keep so that `crop` can undo (see `DuoCache`).
         """
+        _check_size(tokens, batch)
         total = 0
         for index, (key_dim, value_dim) in enumerate(self._dims(head_dim)):
             for store in self.stores(index):
@@ -277,6 +278,7 @@ class HeadPolicy:
         dtype: torch.dtype | str | None = None,
     ) -> int:
         """Bytes of the cache without duohead: every head keeps every token (its window, where native) in ``dtype``."""
+        _check_size(tokens, batch)
         itemsize = self._native(dtype).itemsize
         total = 0
         for layer, (key_dim, value_dim) in zip(self.layers, self._dims(head_dim), strict=True):
@@ -308,6 +310,8 @@ class HeadPolicy:
             raise ValueError(
                 f"policy has unknown fields {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}"
             )
+        if "layers" not in fields:
+            raise ValueError("policy has no field 'layers'; pass what to_dict or to_json gave")
         layers = tuple(
             LayerPolicy(layer["num_kv_heads"], tuple(layer["retrieval"]), layer["window"])
             for layer in fields["layers"]
@@ -348,6 +352,13 @@ def _ascending(heads: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(
             f"retrieval must list the KV heads of a layer as integers, got {heads!r}"
         ) from None
+
+
+def _check_size(tokens: int, batch: int) -> None:
+    if not _is_int(tokens) or tokens < 0:
+        raise ValueError(f"tokens must be an integer >= 0, got {tokens!r}")
+    if not _is_int(batch) or batch < 1:
+        raise ValueError(f"batch must be an integer >= 1 (rows), got {batch!r}")
 
 
 def _is_int(value: Any) -> bool:

@@ -61,7 +61,7 @@ class Player:
         views = handle.open(self.mask(start + count))
         for row, new in zip(self.rows, fresh, strict=True):
             row += new
-        drafting = self.recording and start > 0
+        drafting = self.recording and start > 0 and count <= self.rollback
         recent = self.policy.window_tokens if count > 1 and not drafting else self.policy.recent
         assert [view.retrieval for view in views] == [
             s.kind == "retrieval" for s in self.policy.stores(self.index)

@@ -111,7 +111,8 @@ def _band(
 
 def _is_causal(view: HeadView, count: int) -> bool:
     """Whether the view is just these tokens under the plain causal mask."""
-    within = view.reach is None or count <= view.reach
+    # Under visibility="chunk" the reach is unlimited, but a native window still holds.
+    within = all(limit is None or count <= limit for limit in (view.reach, view.window))
     return (
         len(view.past) == 0
         and view.sinks is None

@@ -168,11 +168,25 @@ class DuoLayer(CacheLayerMixin):
         if mask is None or (count == 1 and torch.compiler.is_compiling()):
             return
         padding = left_padding(mask)
+        self._check_padding(padding, count)
         if self.padding is None:
             self.padding = padding
             self._mark_static()
         else:
             self.padding.copy_(padding)
+
+    def _check_padding(self, padding: Tensor, count: int) -> None:
+        """Refuse padding that changes once tokens are stored, where that needs no wait for the device."""
+        if torch.compiler.is_compiling() or (count == 1 and self.device.type != "cpu"):
+            return
+        length = int(self.length)
+        before = torch.zeros_like(padding) if self.padding is None else self.padding
+        # A row that was nothing but padding so far may go on being padded.
+        if length and not bool(((padding == before) | (before >= length)).all()):
+            raise ValueError(
+                f"attention_mask says that the rows have {padding.tolist()} padding tokens, but the {length} tokens in "
+                f"this cache were stored with {before.tolist()}; pass the same padding mask from the first call on"
+            )
 
     def _view(self, kind: _Kind, handle: DuoHandle, length: int | Tensor) -> HeadView:
         keys, values = pick_heads(handle.keys, kind.heads), pick_heads(handle.values, kind.heads)
@@ -208,8 +222,10 @@ class DuoLayer(CacheLayerMixin):
         )
 
     def _recent(self, count: int, length: int | Tensor) -> int:
-        """Local window of this call. While past is recorded, several tokens on top of others are drafts: decoding."""
-        drafting = self.record_past and isinstance(length, int) and length > 0
+        """Local window of this call. While past is recorded, a few tokens on top of others are drafts: decoding."""
+        drafting = (
+            self.record_past and isinstance(length, int) and length > 0 and count <= self.rollback
+        )
         return self.policy.window_tokens if count > 1 and not drafting else self.policy.recent
 
     def commit(self, handle: DuoHandle) -> None:

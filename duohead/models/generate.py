@@ -71,8 +71,11 @@ def prefill(
     step = chunk or count
     logits = None
     with torch.no_grad():
-        for start in range(0, count, step):
-            stop = min(start + step, count)
+        start = 0
+        while start < count:
+            # A single token counts as decoding, so it is no piece of its own where pieces are longer.
+            rest = count - start
+            stop = count if step > 1 and rest == step + 1 else start + min(step, rest)
             mask = None if attention_mask is None else attention_mask[:, : past + stop]
             extra = (
                 {}
@@ -88,6 +91,7 @@ def prefill(
             ).logits
             if progress is not None:
                 progress(stop - start)
+            start = stop
     assert logits is not None, "there is at least one chunk"
     return logits[:, -1]
 
@@ -124,11 +128,11 @@ def generate(
     cache = DuoCache(policy, unwrap(model))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     started = time.perf_counter()
-    if prompt > 1:
-        # generate wants at least one token that the cache has not seen, so the last one is left to it.
+    if prompt > 2:
+        # generate wants tokens that the cache has not seen; a single one would count as decoded, so two are left.
         prefill(
             model,
-            input_ids[:, :-1],
+            input_ids[:, :-2],
             cache,
             attention_mask=attention_mask,
             chunk=chunk,

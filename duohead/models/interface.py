@@ -217,6 +217,7 @@ def _cache_hook(model: PreTrainedModel, policy: HeadPolicy) -> Callable[..., Any
         given = args[place] if len(args) > place else kwargs.get("past_key_values")
         if given is not None:
             _check_cache(given, policy)
+            _check_unpacked(kwargs)
             return None
         use_cache = kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", False) if use_cache is None else use_cache
@@ -246,6 +247,8 @@ def _check_unpacked(kwargs: dict[str, Any]) -> None:
     """Refuse several texts in one row: beside a cache, transformers' masks do not look for them."""
     places = kwargs.get("position_ids")
     if kwargs.get("attention_mask") is not None or places is None or places.ndim != 2:
+        return
+    if places.shape[1] == 1:
         return
     if bool((places.diff() != 1).any()):
         raise ValueError(
