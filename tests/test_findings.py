@@ -7,6 +7,9 @@ import torch
 from tiny import LENGTH, assert_close, expected_logits, ids, left_padded, policy_for, tiny
 
 from duohead import DuoCache, HeadPattern, HeadPolicy, duo
+from duohead.cli import main
+from duohead.evaluate.needle import cache_bytes, new_cache
+from duohead.identify import IdentifyOptions
 from duohead.models.generate import generate, prefill
 
 
@@ -20,6 +23,15 @@ def test_chunk_visibility_keeps_the_native_window_in_every_implementation() -> N
         with duo(model, policy, impl=impl):
             found.append(model(input_ids=tokens).logits)
     assert_close(found[1], found[0])
+
+
+def test_weights_that_are_never_formed_cannot_be_asked_for() -> None:
+    model = tiny("llama")
+    with (
+        duo(model, policy_for(model, "all")),
+        pytest.raises(ValueError, match="output_attentions must be False"),
+    ):
+        model(input_ids=ids(), output_attentions=True)
 
 
 @torch.no_grad()
@@ -73,6 +85,53 @@ def test_a_longer_prefill_window_gives_the_same_answer_for_every_chunk(chunk: in
             generate(model, tokens, max_new_tokens=6, chunk=chunk, do_sample=False).tokens.tolist()
             == expected.tolist()
         )
+
+
+@pytest.mark.parametrize(("option", "rows"), [("num_beams", 1), ("num_return_sequences", 3)])
+def test_generation_in_chunks_takes_beams_and_several_sequences(option: str, rows: int) -> None:
+    model = tiny("llama")
+    tokens, mask = left_padded([LENGTH, LENGTH - 6])
+    options = {option: 3, "do_sample": rows == 3, "max_new_tokens": 5, "attention_mask": mask}
+    with duo(model, policy_for(model, "alternating")) as bound:
+        torch.manual_seed(0)
+        expected = model.generate(tokens, **options)
+        torch.manual_seed(0)
+        result = generate(model, tokens, chunk=7, **options)
+    assert result.tokens.tolist() == expected.tolist()
+    assert result.tokens.shape[0] == 2 * rows
+    assert result.kv_bytes == bound.kv_bytes(LENGTH + 4, 6)
+    assert result.dense_kv_bytes == bound.dense_kv_bytes(LENGTH + 4, 6)
+
+
+def test_the_full_cache_of_a_hybrid_has_bytes() -> None:
+    model = tiny("lfm2")
+    cache = new_cache(model, None)
+    with torch.no_grad():
+        model(input_ids=ids(), past_key_values=cache)
+    policy = policy_for(model, "all").bind(model)
+    assert cache_bytes(cache) == policy.dense_kv_bytes(LENGTH)
+
+
+def test_bench_on_a_device_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["bench", "kernels", "--lengths", "100", "--device", "nowhere"]) == 2
+    assert "device 'nowhere' cannot be used" in capsys.readouterr().err
+
+
+def test_a_diverged_training_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from duohead.identify import train
+
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    monkeypatch.setattr(train, "distillation", lambda *_: nan)
+    options = IdentifyOptions(steps=3)
+    gates = train.Gates.of(tiny("llama"), sink=4, recent=8)
+    optimizer = torch.optim.AdamW([gates.values])
+    steps = train._train(None, gates, optimizer, [None] * 3, options, start=0)
+    with pytest.raises(
+        ValueError, match="loss must be finite, got nan at step 0: training diverged"
+    ):
+        next(steps)
 
 
 def adapter(folder: Path, value: object) -> Path:

@@ -66,11 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
     from duohead.attention import choose
     from duohead.bench.kernels import PrefillShape, streaming_prefill
+    from duohead.pocket.loading import device_of
     from duohead.record import write_record
 
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and there is none; use --device cpu")
+    device, dtype = device_of(args.device), getattr(torch, args.dtype)
     lines = []
     for length in tqdm(args.lengths, desc="bench", unit="length"):
         shape = PrefillShape(

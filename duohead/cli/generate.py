@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from duohead.models import duo
-    from duohead.models.generate import check_positions, generate
+    from duohead.models.generate import KEPT, check_positions, generate
     from duohead.pattern import HeadPattern
     from duohead.pocket.loading import load_model
 
@@ -137,7 +137,9 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     check_positions(model, ids.shape[1] + args.max_new_tokens)
     torch.manual_seed(args.seed)
-    bar = tqdm(total=ids.shape[1] - 1, desc="prefill", unit="tok", file=sys.stderr, leave=False)
+    bar = tqdm(
+        total=max(ids.shape[1] - KEPT, 0), desc="prefill", unit="tok", file=sys.stderr, leave=False
+    )
     with duo(model, policy), bar:
         result = generate(
             model,
@@ -184,9 +186,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(result: Any) -> str:
-    prefill = (
-        (result.prompt_tokens - 1) / result.prefill_seconds if result.prompt_tokens > 1 else 0.0
-    )
+    prefill = result.prefilled_tokens / max(result.prefill_seconds, 1e-9)
     decode = result.new_tokens / result.decode_seconds
     share = result.kv_bytes / result.dense_kv_bytes
     return (

@@ -214,8 +214,12 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes that the keys and values of a filled cache hold in memory, read off its tensors."""
     if hasattr(cache, "kv_bytes"):
         return int(cache.kv_bytes())
+    # Layers without KV heads (linear attention, convolution) have neither.
     stores = [
-        store for layer in cache.layers for store in (layer.keys, layer.values) if store is not None
+        store
+        for layer in cache.layers
+        for store in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if store is not None
     ]
     return sum(store.nbytes for store in stores)
 

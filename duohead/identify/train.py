@@ -137,6 +137,11 @@ def _train(
         distill = distillation(backbone, gates, dataset[step])
         penalty = gates.penalty()
         loss = distill + options.reg_weight * penalty
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"loss must be finite, got {loss.item()} at step {step}: training diverged, and the last checkpoint is "
+                f"as it was; use dtype bfloat16 or float32, or a lower learning_rate"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,17 +18,21 @@ from duohead.cache import DuoCache
 from duohead.models.interface import policy_of, unwrap
 from duohead.shapes import text_config
 
+# model.generate wants prompt tokens that the cache has not seen; a single one would count as decoded, so two are left.
+KEPT = 2
+
 
 @dataclass(frozen=True)
 class Generation:
     """What was generated, and what it took.
 
-    ``tokens`` [B, prompt + new] includes the prompt. Times are in seconds, sizes in bytes; ``dense_kv_bytes`` is what
-    the same length costs without a policy.
+    ``tokens`` [B, prompt + new] includes the prompt, of which ``prefilled_tokens`` took ``prefill_seconds``. Times are
+    in seconds, sizes in bytes; ``dense_kv_bytes`` is what the same length costs without a policy.
     """
 
     tokens: Tensor
     prompt_tokens: int
+    prefilled_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
@@ -128,17 +132,19 @@ def generate(
     cache = DuoCache(policy, unwrap(model))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     started = time.perf_counter()
-    if prompt > 2:
-        # generate wants tokens that the cache has not seen; a single one would count as decoded, so two are left.
+    if prompt > KEPT:
         prefill(
             model,
-            input_ids[:, :-2],
+            input_ids[:, :-KEPT],
             cache,
             attention_mask=attention_mask,
             chunk=chunk,
             progress=progress,
         )
         _wait(input_ids.device)
+    copies = _copies(options)
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
     ready = time.perf_counter()
     tokens = model.generate(
         input_ids,
@@ -153,12 +159,23 @@ def generate(
     return Generation(
         tokens=tokens,
         prompt_tokens=prompt,
+        prefilled_tokens=max(prompt - KEPT, 0),
         new_tokens=tokens.shape[1] - prompt,
         prefill_seconds=ready - started,
         decode_seconds=finished - ready,
         kv_bytes=cache.kv_bytes(),
-        dense_kv_bytes=policy.dense_kv_bytes(length, rows),
+        dense_kv_bytes=policy.dense_kv_bytes(length, rows * copies),
     )
+
+
+def _copies(options: dict[str, Any]) -> int:
+    """Rows that ``model.generate`` makes of each prompt: beams, or sequences to return."""
+    config = options.get("generation_config")
+    asked = [
+        options.get(name) or getattr(config, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    ]
+    return max(asked)
 
 
 def check_positions(model: Any, tokens: int) -> None:

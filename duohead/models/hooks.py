@@ -121,6 +121,11 @@ def _refuse(
         raise ValueError(
             "duohead needs causal attention, got is_causal=False; encoders are not supported"
         )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions must be False with duohead, whose attention forms no weights to return; "
+            "run the model without it to see them"
+        )
     unknown = sorted(
         name for name, given in kwargs.items() if given is not None and name not in HARMLESS
     )

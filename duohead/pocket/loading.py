@@ -35,7 +35,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _device(device)
+    place = device_of(device)
     bundled = name in NAMES
     source = str(folder(name)) if bundled else name
     looks_local = source[:1] in "./~\\" or source.count("/") > 1 or Path(source).exists()
@@ -58,7 +58,8 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The torch device of that name, by default the GPU if there is one; ValueError if it cannot be used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
