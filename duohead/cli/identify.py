@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             model, tokenizer, text, out=args.out, options=options, restart=args.restart
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(args.out)) from None
+        raise KeyboardInterrupt(_how_to_go_on(args.out, args.restart)) from None
     alphas = pattern.alpha[pattern.gated]
     print(
         f"{alphas.size} gates, mean {alphas.mean():.2f}, {(alphas > 0.5).mean():.0%} above 0.5; wrote {args.out}\n"
@@ -115,9 +115,10 @@ def _add_option(group: Any, field: Field[Any]) -> None:
     )
 
 
-def _how_to_go_on(out: str) -> str:
+def _how_to_go_on(out: str, restarted: bool) -> str:
     from duohead.identify.checkpoint import CHECKPOINT
 
     if (Path(out) / CHECKPOINT).exists():
-        return f"{out} holds the last checkpoint; the same command continues from it"
-    return f"no checkpoint was written yet; {out} holds no pattern"
+        again = "the same command without --restart" if restarted else "the same command"
+        return f"{out} holds the last checkpoint; {again} continues from it"
+    return "no checkpoint was written yet; run the same command again to begin anew"
