@@ -18,6 +18,7 @@ import torch
 
 from duohead.evaluate.results import NeedleResult, NeedleRow
 from duohead.evaluate.tasks import TASKS
+from duohead.identify.gates import answer_positions
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
 
@@ -233,9 +234,7 @@ def score_sample(
     Logits are computed on the rows that predict answers and nowhere else: [answer tokens, vocabulary].
     """
     ids = sample.input_ids.to(model.device)
-    rows = torch.cat([torch.arange(start - 1, end - 1) for start, end in sample.answers]).to(
-        model.device
-    )
+    rows = answer_positions(sample).to(model.device)
     begin = 0
     if chunk is not None:
         from duohead.models.generate import prefill

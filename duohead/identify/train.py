@@ -7,7 +7,6 @@ Use `identify(model, tokenizer, text, out="heads")`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from duohead.pattern import HeadPattern
-
-logger = logging.getLogger(__name__)
 
 # Enough text that samples differ, little enough that a library of books need not be tokenised whole.
 _TEXT_PER_CONTEXT = 16
