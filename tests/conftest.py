@@ -16,6 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+if not torch.cuda.is_available():
+    # Read when a kernel module is imported: without a GPU, the Triton kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
 

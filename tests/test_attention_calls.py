@@ -8,7 +8,7 @@ import torch
 from oracle import Inputs, dense, hold, inputs, make_policy, split, through_cache, without_cache
 
 from duohead import attention
-from duohead.attention import tiled
+from duohead.attention import choice, tiled
 from duohead.cache import HeadView
 from duohead.cache.direct import direct_views
 from duohead.policy import HeadPolicy
@@ -57,26 +57,34 @@ def views(length: int, **fields) -> tuple[Inputs, list[HeadView]]:
     return x, direct_views(policy, 0, x.keys, x.values, queries=length, mask=None)
 
 
-@pytest.mark.parametrize("operation", [attention.prefill, attention.decode])
-def test_an_unknown_implementation_is_refused(operation) -> None:
+def test_an_unknown_implementation_is_refused() -> None:
     x, seen = views(3)
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, tiled, got 'flash'"):
-        operation(x.query, seen, scale=1.0, impl="flash")
+    names = "auto, reference, tiled, triton, cute"
+    with pytest.raises(ValueError, match=f"impl must be one of {names}, got 'flash'"):
+        attention.prefill(x.query, seen, scale=1.0, impl="flash")
+    with pytest.raises(ValueError, match=f"impl must be one of {names}, got 'flash'"):
+        attention.reads_storage(x.query, impl="flash")
 
 
 def test_decode_takes_a_handful_of_queries() -> None:
-    x, seen = views(9)
+    x, _ = views(9)
     with pytest.raises(ValueError, match="decode takes at most 8 query tokens, got 9; use prefill"):
-        attention.decode(x.query, seen, scale=1.0)
-    x, seen = views(8)
-    assert torch.equal(
-        attention.decode(x.query, seen, scale=1.0), attention.prefill(x.query, seen, scale=1.0)
-    )
+        attention.decode(x.query, (), scale=1.0)
+    assert not attention.reads_storage(x.query, impl="tiled")
+
+
+def test_an_implementation_that_cannot_run_here_says_what_it_lacks(monkeypatch) -> None:
+    x, seen = views(3)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl='triton' cannot run here: .*CPU.*impl='tiled'"):
+        attention.prefill(x.query, seen, scale=1.0, impl="triton")
+    with pytest.raises(ValueError, match="impl='cute' cannot run here: .*impl='tiled'"):
+        attention.prefill(x.query, seen, scale=1.0, impl="cute")
 
 
 def test_the_automatic_choice_is_logged_once_and_an_explicit_one_never(caplog) -> None:
     x, seen = views(3)
-    attention._log_choice.cache_clear()
+    choice.log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="duohead"):
         attention.prefill(x.query, seen, scale=1.0, impl="reference")
         assert not caplog.records

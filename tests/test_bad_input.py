@@ -41,7 +41,7 @@ def pattern(tmp_path: Path) -> Path:
     [
         ([], "the following arguments are required: VERB"),
         (["fly"], "invalid choice: 'fly'"),
-        (["inspect"], "the following arguments are required: FOLDER"),
+        (["inspect"], "FOLDER is needed, a pattern"),
         (["inspect", "x", "--speed"], "unrecognized arguments: --speed"),
         (["inspect", "x", "--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
         (

@@ -24,12 +24,19 @@ PERMITTED = {
     "identify": "text out restart dtype device revision steps learning-rate learning-rate-floor warmup reg-weight "
     "initial sink recent context-min context-max context-lengths num-passkeys passkey-words depth-min depth-max "
     "depth-steps teacher-full gradient-checkpointing save-every seed",
-    "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png",
+    "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png capacity model weights memory "
+    "chunk retrieval-dtype streaming-dtype",
     "evaluate": "model pattern retrieval-ratio sink recent random-draws tasks lengths depths samples text chunk json "
     "png seed",
-    "generate": "policy retrieval-ratio threshold sink recent retrieval-dtype streaming-dtype prompt-file "
-    "max-new-tokens chunk temperature top-p seed dtype device",
-    "bench": "lengths heads kv-heads head-dim batch sink recent impl dtype device seconds json",
+    "generate": "policy retrieval-ratio kv-budget threshold sink recent prefill-recent retrieval-dtype "
+    "streaming-dtype prompt-file max-new-tokens chunk engine max-length temperature top-p seed dtype device",
+    "bench": "op preset lengths retrieval-ratio baselines seconds heads kv-heads head-dim batch sink recent queries "
+    "past retrieval-dtype streaming-dtype impl dtype device json "  # kernels
+    "measure methods model preset lengths chunks retrieval-ratio weights compile seconds batch sink recent "
+    "retrieval-dtype streaming-dtype impl dtype device json "  # model
+    "model tokens prefill chunk memory retrieval-ratio weights compile batch sink recent retrieval-dtype "
+    "streaming-dtype impl dtype device json "  # capacity
+    "out png",  # report
 }
 
 

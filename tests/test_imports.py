@@ -51,11 +51,29 @@ def breaches(path: Path, package: Path = PACKAGE) -> list[str]:
             found.append(f"{relative}:{line} imports {name}: name the room it is in")
         elif ROOMS.index(room(name)) > ROOMS.index(own):
             found.append(f"{relative}:{line} imports {name}: {room(name)} is below {own}")
-        elif own == "attention" and relative.name != "__init__.py" and room(name) == "attention":
+        elif is_implementation(path) and is_implementation(module_file(name)):
             found.append(
                 f"{relative}:{line} imports {name}: implementations do not import one another"
             )
     return found
+
+
+def module_file(name: str) -> Path:
+    """The file of the module that a full name is, or lies in."""
+    inner = PACKAGE.joinpath(*name.split(".")[1:])
+    return next(
+        (path for path in (inner.with_suffix(".py"), inner.parent.with_suffix(".py")) if path.is_file()), inner
+    )  # fmt: skip
+
+
+def is_implementation(path: Path) -> bool:
+    """Whether a file of the attention room is an implementation: it defines `attend`."""
+    if path.parent.name != "attention" or path.name == "__init__.py" or not path.is_file():
+        return False
+    return any(
+        isinstance(node, ast.FunctionDef) and node.name == "attend"
+        for node in ast.parse(path.read_text()).body
+    )
 
 
 def test_every_room_has_its_place() -> None:
@@ -77,9 +95,10 @@ def test_a_room_imports_only_rooms_above_it() -> None:
         ("mask.py", "from duohead import HeadPattern", "name the room"),
         (
             "attention/flex.py",
-            "from duohead.attention import reference",
+            "from duohead.attention import reference\ndef attend(): ...",
             "do not import one another",
         ),
+        ("attention/choice.py", "from duohead.attention import reference", None),
         ("attention/__init__.py", "from duohead.attention import reference", None),
         ("models/x.py", "from duohead import codec\nfrom duohead import __version__", None),
     ],

@@ -1,6 +1,5 @@
-"""Long prompts in pieces, then decoding: the library's loop, and the commands `generate` and `bench`."""
+"""Long prompts in pieces, then decoding: the library's loop, and the command `generate`."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ from tiny import (
 )
 
 from duohead import DuoCache, HeadPattern, HeadPolicy, duo, pocket
-from duohead.bench.kernels import PrefillShape, streaming_prefill
-from duohead.bench.timing import measure
 from duohead.cli import main
 from duohead.models.generate import generate, prefill
 
@@ -115,6 +112,11 @@ def test_the_command_writes_the_answer_and_the_cost(
     assert "of the dense" in streamed.err
     assert main([*command, "--max-new-tokens", "8", "--chunk", "1000"]) == 0
     assert capsys.readouterr().out == streamed.out
+    sampled = (
+        "--temperature 0.7 --top-p 0.9 --kv-budget 0.9 --recent 64 --prefill-recent 80".split()
+    )
+    assert main([*command, *sampled, "--max-new-tokens", "2"]) == 0
+    assert "2 new at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,13 @@ def test_the_command_writes_the_answer_and_the_cost(
         (["--max-new-tokens", "40000"], "must fit the model's 32768 positions"),
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--top-p", "0"], "--top-p must lie in"),
+        (["--top-p", "0.9"], "--temperature 0 does not sample"),
+        (["--max-length", "0"], "--max-length must be at least 1, got 0"),
+        (["--device", "cpu", "--engine", "graph"], "engine='graph' needs CUDA"),
+        (["--device", "cpu", "--max-length", "64"], "max_length=64 is for an engine"),
+        (["--prefill-recent", "1"], "prefill_recent must be an integer >= recent"),
+        (["--kv-budget", "1.5"], "kv_budget must lie in"),
+        (["--kv-budget", "0.5", "--threshold", "0.5"], "not allowed with"),
         (["--retrieval-ratio", "1.2"], "retrieval_ratio must lie in"),
         (["--retrieval-ratio", "0.5", "--threshold", "0.5"], "not allowed with"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),
@@ -152,44 +161,6 @@ def test_a_pattern_of_another_model_is_refused(
     arguments = ["--policy", str(tmp_path / "other"), "--prompt-file", str(tmp_path / "prompt.txt")]
     assert main(["generate", "pocket", *arguments]) == 2
     assert "layers" in capsys.readouterr().err
-
-
-def test_bench_reports_and_records_what_passed_the_oracle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = tmp_path / "made" / "prefill.jsonl"
-    small = ["--lengths", "300", "600", "--recent", "64", "--seconds", "0", "--json", str(target)]
-    assert main(["bench", "kernels", *small]) == 0
-    assert "times faster" in capsys.readouterr().out
-    entries = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [entry["shape"]["length"] for entry in entries] == [300, 600]
-    for entry in entries:
-        assert entry["impl"] == "tiled"
-        numbers = entry["numbers"]
-        assert 0 <= numbers["error"] <= numbers["error_budget"]
-        assert (
-            numbers["speedup"] == numbers["causal_sdpa_median_ms"] / numbers["streaming_median_ms"]
-        )
-
-
-def test_bench_refuses_to_time_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from duohead.bench import kernels
-
-    right = kernels.attention.prefill
-    monkeypatch.setattr(
-        kernels.attention, "prefill", lambda *args, **options: right(*args, **options) * 1.01
-    )
-    with pytest.raises(ValueError, match="no speed is reported"):
-        streaming_prefill(
-            PrefillShape(200, recent=32), device=torch.device("cpu"), dtype=torch.float32
-        )
-
-
-def test_measure_counts_the_warm_up_apart() -> None:
-    calls: list[int] = []
-    timing = measure(lambda: calls.append(1), device=torch.device("cpu"), seconds=0, least=5)
-    assert (timing.runs, len(calls)) == (5, 6)
-    assert timing.p20_ms <= timing.median_ms <= timing.p80_ms
 
 
 def test_a_streaming_policy_predicts_the_cache_of_a_long_prompt() -> None:

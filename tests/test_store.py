@@ -206,11 +206,11 @@ def test_a_growing_store_adds_segments_and_copies_only_while_it_is_small() -> No
     store = GrowingStore(RAW, like(1))
     length = 0
     for count in (1, 100, 3000, 1, 5000, 1, 9000, 4000, 1):
-        fixed = [segment.keys[0].data_ptr() for segment in store.segments]
+        fixed = [segment.keys[0].data_ptr() for segment in store.segments()]
         encoded = encode_pair(RAW, *tokens(torch.arange(length, length + count)[None, :]))
         store.append(length, encoded, None)
         if length >= COPY_LIMIT:
-            assert [segment.keys[0].data_ptr() for segment in store.segments[: len(fixed)]] == fixed
+            assert [segment.keys[0].data_ptr() for segment in store.segments()[: len(fixed)]] == fixed
         length += count
         assert store.slots == capacity(length)
         pieces = store.pieces(length, None, torch.float32)
@@ -221,7 +221,7 @@ def test_a_growing_store_adds_segments_and_copies_only_while_it_is_small() -> No
             for piece in pieces
             for keys in [piece.read()[0]]
         )
-    assert len(store.segments) > 2
+    assert len(store.segments()) > 2
 
 
 def test_a_growing_store_does_not_keep_its_first_chunk_alive() -> None:

@@ -1,24 +1,34 @@
-"""Attention under a policy: two operations, `prefill` and `decode`, over whatever each head can see.
+"""Attention under a policy: `prefill` over whatever each head can see, `decode` over what is stored.
 
-``impl`` names the machinery: "reference" (dense and readable), "tiled" (portable and fast, PyTorch only), or "auto",
-which logs its choice once. An explicit request is met or raises; it never falls back.
+``impl`` names the machinery: "reference" (dense and readable), "tiled" (portable and fast, PyTorch only), "triton" (own
+kernels for any GPU that Triton knows), "cute" (prefill for Hopper and Blackwell through flash-attn-4 and an own kernel,
+decode as "triton"), or "auto": the last of these that the machine has, logged once. An explicit request is met or
+raises; it never falls back.
 
 Shape letters: B rows, H query heads, Q query tokens, D head size.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from duohead.cache.view import HeadView
+from duohead.attention import choice
+from duohead.attention.choice import IMPLEMENTATIONS, KERNELS, check_impl, choose
+from duohead.cache.view import HeadView, StoredView
 
-logger = logging.getLogger(__name__)
-IMPLEMENTATIONS = ("auto", "reference", "tiled")
+__all__ = [
+    "IMPLEMENTATIONS",
+    "KERNELS",
+    "MAX_DECODE_TOKENS",
+    "check_impl",
+    "choose",
+    "decode",
+    "prefill",
+    "reads_storage",
+]
 MAX_DECODE_TOKENS = 8
 
 
@@ -45,9 +55,102 @@ def prefill(
         [B, Q, H, Dv], each head at its original place.
 
     Raises:
-        ValueError: unknown ``impl``.
+        ValueError: unknown ``impl``, or one that cannot do this here.
     """
-    attend = _implementation(impl, query.device.type)
+    name = choose(impl, query.device.type)
+    if name in KERNELS:
+        out = query.new_empty(
+            query.shape[0], query.shape[2], query.shape[1], views[0].values.shape[-1]
+        )
+        if _by_kernels(
+            query, views, out, name, impl, scale=scale, softcap=softcap, sink_logits=sink_logits
+        ):
+            return out
+        name = "tiled"
+    from duohead.attention import reference, tiled
+
+    attend = reference.attend if name == "reference" else tiled.attend
+    return _by_kind(attend, query, views, scale=scale, softcap=softcap, sink_logits=sink_logits)
+
+
+def reads_storage(query: Tensor, *, impl: str = "auto") -> bool:
+    """Whether `decode` over storage is what ``impl`` uses for these queries [B, H, Q, D].
+
+    Raises:
+        ValueError: an explicit ``impl`` that has a decode kernel, which cannot do this here.
+    """
+    if query.shape[2] > MAX_DECODE_TOKENS:
+        return False
+    name = choose(impl, query.device.type)
+    if name not in KERNELS:
+        return False
+    from duohead.attention import triton_decode
+
+    return choice.accept(triton_decode.supports(query), name, impl)
+
+
+def decode(
+    query: Tensor,
+    views: Sequence[StoredView],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of at most MAX_DECODE_TOKENS new tokens, stored already, on everything that is stored.
+
+    Arguments and result as in `prefill`; `reads_storage` tells whether it can be used.
+
+    Raises:
+        ValueError: too many query tokens.
+    """
+    if query.shape[2] > MAX_DECODE_TOKENS:
+        raise ValueError(
+            f"decode takes at most {MAX_DECODE_TOKENS} query tokens, got {query.shape[2]}; use prefill"
+        )
+    from duohead.attention import triton_decode
+
+    return triton_decode.attend(query, views, scale=scale, softcap=softcap, sink_logits=sink_logits)
+
+
+def _by_kernels(
+    query: Tensor,
+    views: Sequence[HeadView],
+    out: Tensor,
+    name: str,
+    impl: str,
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> bool:
+    """Fill ``out`` [B, Q, H, Dv] view by view; False if "auto" has to do without kernels."""
+    chosen = []
+    groups = sum(view.keys.shape[1] for view in views)
+    for view in views:
+        kernel = choice.kernel_for(
+            query, view, name=name, impl=impl, softcap=softcap, sink_logits=sink_logits
+        )
+        if kernel is None:
+            return False
+        chosen.append(kernel)
+    for view, kernel in zip(views, chosen, strict=True):
+        kernel.attend(
+            query, view, out, scale=scale, softcap=softcap, sink_logits=sink_logits, kv_heads=groups
+        )
+    return True
+
+
+def _by_kind(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    views: Sequence[HeadView],
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Each kind's query heads on their own, and the outputs put together: [B, Q, H, Dv]."""
     groups = sum(view.keys.shape[1] for view in views)
     grouped = query.unflatten(1, (groups, query.shape[1] // groups))
     logits = None if sink_logits is None else sink_logits.unflatten(0, grouped.shape[1:3])
@@ -59,50 +162,6 @@ def prefill(
             part_logits = None if logits is None else logits.index_select(0, view.heads)
         outs.append(attend(part, view, scale=scale, softcap=softcap, sink_logits=part_logits))
     return _in_place(outs, views).flatten(1, 2).transpose(1, 2)
-
-
-def decode(
-    query: Tensor,
-    views: Sequence[HeadView],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Attention of a handful of new tokens (at most MAX_DECODE_TOKENS) on a long past; arguments as in `prefill`."""
-    if query.shape[2] > MAX_DECODE_TOKENS:
-        raise ValueError(
-            f"decode takes at most {MAX_DECODE_TOKENS} query tokens, got {query.shape[2]}; use prefill"
-        )
-    return prefill(query, views, scale=scale, softcap=softcap, sink_logits=sink_logits, impl=impl)
-
-
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless ``impl`` is a known name."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-
-
-def choose(impl: str, device: str) -> str:
-    """The implementation that ``impl`` means on a device type ("cpu", "cuda"); what "auto" chooses is logged once."""
-    check_impl(impl)
-    if impl != "auto":
-        return impl
-    if not torch.compiler.is_compiling():
-        _log_choice("tiled", device)
-    return "tiled"
-
-
-def _implementation(impl: str, device: str) -> Callable[..., Tensor]:
-    from duohead.attention import reference, tiled
-
-    return reference.attend if choose(impl, device) == "reference" else tiled.attend
-
-
-@functools.cache
-def _log_choice(impl: str, device: str) -> None:
-    logger.info("attention on %s: impl=%s", device, impl)
 
 
 def _in_place(outs: Sequence[Tensor], views: Sequence[HeadView]) -> Tensor:

@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from duohead.cache.layer import DUO_KV_OFFSET, DuoHandle, DuoLayer
-from duohead.cache.view import HeadView, Piece, pick_heads
+from duohead.cache.handle import DuoHandle
+from duohead.cache.layer import DUO_KV_OFFSET, DuoLayer
+from duohead.cache.view import HeadView, Piece, Segment, StoredView, pick_heads
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
 
-__all__ = ["DUO_KV_OFFSET", "DuoCache", "DuoHandle", "DuoLayer", "HeadView", "Piece", "pick_heads"]
+__all__ = [
+    "DUO_KV_OFFSET",
+    "DuoCache",
+    "DuoHandle",
+    "DuoLayer",
+    "HeadView",
+    "Piece",
+    "Segment",
+    "StoredView",
+    "pick_heads",
+]
 
 
 class DuoCache(Cache):

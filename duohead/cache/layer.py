@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from duohead import codec
+from duohead.cache import stored
+from duohead.cache.handle import DuoHandle
 from duohead.cache.ring import RingStore
-from duohead.cache.store import GrowingStore, StaticStore, decode_pair, encode_pair, positions
-from duohead.cache.view import HeadView, left_padding, pick_heads
-from duohead.codec import Codec, Encoded
+from duohead.cache.store import GrowingStore, StaticStore
+from duohead.cache.view import StoredView, left_padding, pick_heads
+from duohead.codec import Codec
 from duohead.policy import HeadPolicy, Store
 
 DEFAULT_ROLLBACK = 128
@@ -29,13 +31,20 @@ DUO_KV_OFFSET = -1
 
 
 @dataclass
-class _Kind:
+class Kind:
     """The heads of one kind in this layer (``heads`` None: all of them) and where their tokens live."""
 
     spec: Store
     heads: Tensor | None
     codec: Codec
     store: GrowingStore | StaticStore | RingStore
+
+
+def no_waiting(device: torch.device) -> bool:
+    """Whether the host must not wait for the device now: a graph is being compiled or captured."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class DuoLayer(CacheLayerMixin):
@@ -62,9 +71,12 @@ class DuoLayer(CacheLayerMixin):
         self.rollback = rollback
         self.is_compileable = max_length is not None
         self.record_past = False
+        # Whether graphs may rely on the addresses: a static layer that was allocated outside of any.
+        self.addressed = False
         self.length: int | Tensor = 0
         self.padding: Tensor | None = None
-        self.kinds: list[_Kind] = []
+        self.kinds: list[Kind] = []
+        self._stored: dict[tuple[int | None, ...], tuple[StoredView, ...]] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the stores for the rows, device and dtype of the first keys and values [B, G, K, D]."""
@@ -91,7 +103,7 @@ class DuoLayer(CacheLayerMixin):
             self.padding = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self._mark_static()
 
-    def _kind(self, spec: Store, keys: Tensor, values: Tensor) -> _Kind:
+    def _kind(self, spec: Store, keys: Tensor, values: Tensor) -> Kind:
         heads = (
             torch.tensor(spec.heads, device=keys.device)
             if len(spec.heads) < keys.shape[1]
@@ -107,24 +119,26 @@ class DuoLayer(CacheLayerMixin):
             store = StaticStore(storage, like, max_length=self.max_length)
         else:
             store = GrowingStore(storage, like)
-        return _Kind(spec, heads, storage, store)
+        return Kind(spec, heads, storage, store)
 
     def _mark_static(self) -> None:
         """Tell dynamo that the addresses are fixed, which CUDA graphs need; not possible while tracing."""
+        self._stored.clear()
         if self.max_length is None or torch.compiler.is_compiling():
             return
-        tensors: list[Any] = [self.length, self.padding]
+        stored.register(self)
+        self.addressed = True
+        for tensor in (self.length, *self.tensors()):
+            torch._dynamo.mark_static_address(tensor)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of a static layer whose address a graph relies on, but its length."""
+        found: list[Any] = [self.padding]
         for kind in self.kinds:
-            assert not isinstance(kind.store, GrowingStore), "a static layer has no growing store"
-            tensors += [
-                *kind.store.slots.keys,
-                *kind.store.slots.values,
-                getattr(kind.store, "floor", None),
-                kind.heads,
-            ]
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                torch._dynamo.mark_static_address(tensor)
+            for segment in kind.store.segments():
+                found += [*segment.keys, *segment.values]
+            found += [getattr(kind.store, "floor", None), kind.heads]
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -143,7 +157,7 @@ class DuoLayer(CacheLayerMixin):
 
     def _check_room(self, count: int) -> None:
         """Refuse tokens beyond ``max_length`` where that needs no wait for the device."""
-        if self.max_length is None or torch.compiler.is_compiling():
+        if self.max_length is None or no_waiting(self.device):
             return
         if count > 1 or self.device.type == "cpu":
             needed = int(self.length) + count
@@ -153,19 +167,23 @@ class DuoLayer(CacheLayerMixin):
                     f"make it with DuoCache(..., max_length={needed}) or more"
                 )
 
-    def _now(self) -> int | Tensor:
-        """The length: on the host where that is allowed, on the device inside a compiled graph."""
-        return self.length if torch.compiler.is_compiling() else int(self.length)
+    def now(self) -> int | Tensor:
+        """The length: on the host where that is allowed, on the device inside a graph."""
+        return self.length if no_waiting(self.device) else int(self.length)
 
-    def open(self, handle: DuoHandle, mask: Tensor | None) -> list[HeadView]:
-        """What each kind of head sees: the stored tokens and the handle's new ones, which are encoded here."""
-        self._set_padding(mask, handle.keys.shape[2])
-        length = self._now()
-        return [self._view(kind, handle, length) for kind in self.kinds]
+    def stored_views(self, reaches: tuple[int | None, ...]) -> tuple[StoredView, ...]:
+        """What each kind of head holds, for queries that see ``reaches`` back; a static layer keeps the answer."""
+        if self.max_length is None:
+            return tuple(stored.view(self, *both) for both in zip(self.kinds, reaches, strict=True))
+        if reaches not in self._stored:
+            self._stored[reaches] = tuple(
+                stored.view(self, *both) for both in zip(self.kinds, reaches, strict=True)
+            )
+        return self._stored[reaches]
 
-    def _set_padding(self, mask: Tensor | None, count: int) -> None:
+    def set_padding(self, mask: Tensor | None, count: int) -> None:
         """Left padding of the rows. It is settled by the prefill, so compiled decode steps do not look again."""
-        if mask is None or (count == 1 and torch.compiler.is_compiling()):
+        if mask is None or (count == 1 and no_waiting(self.device)):
             return
         padding = left_padding(mask)
         self._check_padding(padding, count)
@@ -177,7 +195,7 @@ class DuoLayer(CacheLayerMixin):
 
     def _check_padding(self, padding: Tensor, count: int) -> None:
         """Refuse padding that changes once tokens are stored, where that needs no wait for the device."""
-        if torch.compiler.is_compiling() or (count == 1 and self.device.type != "cpu"):
+        if no_waiting(self.device) or (count == 1 and self.device.type != "cpu"):
             return
         length = int(self.length)
         before = torch.zeros_like(padding) if self.padding is None else self.padding
@@ -188,51 +206,15 @@ class DuoLayer(CacheLayerMixin):
                 f"this cache were stored with {before.tolist()}; pass the same padding mask from the first call on"
             )
 
-    def _view(self, kind: _Kind, handle: DuoHandle, length: int | Tensor) -> HeadView:
-        keys, values = pick_heads(handle.keys, kind.heads), pick_heads(handle.values, kind.heads)
-        count = keys.shape[2]
-        encoded = encode_pair(kind.codec, keys, values)
-        handle.encoded.append(encoded)
-        if kind.codec is not codec.get("auto", native=self.dtype):
-            keys, values = decode_pair(
-                kind.codec, encoded, dims=(keys.shape[-1], values.shape[-1]), dtype=self.dtype
-            )
-        position = positions(0, count, None, self.device) + length
-        position = (
-            position if self.padding is None else (position - self.padding[:, None]).clamp(min=-1)
-        )
-        sinks = None
-        if isinstance(kind.store, RingStore) and kind.spec.sink:
-            kind.store.put_sinks(length, encoded, self.padding)
-            sinks = kind.store.sink_piece(length + count, self.padding, self.dtype)
-        return HeadView(
-            heads=kind.heads,
-            retrieval=kind.spec.kind == "retrieval",
-            sinks=sinks,
-            past=kind.store.pieces(length, self.padding, self.dtype),
-            keys=keys,
-            values=values,
-            key_position=position,
-            query_position=position,
-            sink=self.policy.sink,
-            recent=self._recent(count, length),
-            window=self.policy.layers[self.index].window,
-            chunk_start=position[:, :1] if self.policy.visibility == "chunk" else None,
-            padded=self.padding is not None,
-        )
-
-    def _recent(self, count: int, length: int | Tensor) -> int:
+    def recent_tokens(self, count: int, length: int | Tensor) -> int:
         """Local window of this call. While past is recorded, a few tokens on top of others are drafts: decoding."""
         drafting = (
             self.record_past and isinstance(length, int) and length > 0 and count <= self.rollback
         )
         return self.policy.window_tokens if count > 1 and not drafting else self.policy.recent
 
-    def commit(self, handle: DuoHandle) -> None:
-        """Store the handle's tokens and evict what the policy no longer needs."""
-        length, count = self._now(), handle.keys.shape[2]
-        for kind, encoded in zip(self.kinds, handle.encoded, strict=True):
-            kind.store.append(length, encoded, self.padding)
+    def advance(self, count: int) -> None:
+        """Count ``count`` more tokens."""
         if isinstance(self.length, Tensor):
             self.length.add_(count)
         else:
@@ -363,36 +345,3 @@ class DuoLayer(CacheLayerMixin):
         )
 
     prefetch = offload
-
-
-class DuoHandle:
-    """Stands in for keys and values between `DuoLayer.update` and the attention function; opened and committed once."""
-
-    def __init__(self, layer: DuoLayer, keys: Tensor, values: Tensor) -> None:
-        self.layer = layer
-        self.keys = keys
-        self.values = values
-        self.encoded: list[Encoded] = []
-        self.opened = False
-
-    def open(self, mask: Tensor | None) -> list[HeadView]:
-        """The views to attend to, given the 2-D padding mask [B, tokens] or None."""
-        if self.opened:
-            raise ValueError(
-                f"layer {self.layer.index} attends twice to the same keys and values, as models do that share KV "
-                f"between layers; duohead does not support this model"
-            )
-        self.opened = True
-        return self.layer.open(self, mask)
-
-    def commit(self) -> None:
-        """Store the new tokens."""
-        self.layer.commit(self)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
-            f"{name!r}: a DuoCache was used with an attention implementation other than 'duo'; "
-            f"run the model inside duohead.duo(model, policy) or after duohead.enable(model, policy)",
-            name=name,
-            obj=self,
-        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duohead.cache.store import Slots
-from duohead.cache.view import KeysAndValues, Piece
+from duohead.cache.view import KeysAndValues, Piece, Segment
 from duohead.codec import Codec, Encoded
 from duohead.policy import capacity
 
@@ -52,7 +52,7 @@ class RingStore:
         """Bytes allocated."""
         return self.slots.nbytes
 
-    def _reserve(self, tokens: int | Tensor) -> None:
+    def reserve(self, tokens: int | Tensor) -> None:
         """Make room for a length of ``tokens``; growth ends at sink + ring slots, and a static ring never grows."""
         if self.static:
             return
@@ -82,7 +82,7 @@ class RingStore:
             0 if padding is None else int(padding.max())
         ):
             return
-        self._reserve(length + count)
+        self.reserve(length + count)
         if isinstance(length, int) and padding is None:
             self.slots.write(length, encoded, slice(0, self.sink - length))
         elif count == 1:
@@ -97,7 +97,7 @@ class RingStore:
     def append(self, length: int | Tensor, encoded: Encoded, padding: Tensor | None) -> None:
         """Store the new tokens over the oldest ones."""
         count = encoded[0].shape[2]
-        self._reserve(length + count)
+        self.reserve(length + count)
         if isinstance(length, int) and padding is None:
             first = min(max(length, self.sink, length + count - self.ring), length + count)
             fresh = torch.arange(first, length + count, device=self.slots.device)
@@ -111,11 +111,18 @@ class RingStore:
             self.slots.write_rows(slot.clamp(min=0), position >= 0, encoded)
         else:
             self._gather(self._layout(length + count, padding), length, encoded, padding)
-        oldest = length + count - self.ring
         if isinstance(self.floor, Tensor):
-            self.floor.clamp_(min=oldest)
+            self.floor.clamp_(min=length + count - self.ring)
         else:
-            self.floor = max(self.floor, int(oldest))
+            self.evict(int(length) + count)
+
+    def evict(self, length: int) -> None:
+        """Note that tokens up to a length of ``length`` have been stored over older ones (growing form)."""
+        self.floor = max(int(self.floor), length - self.ring)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The slots in memory."""
+        return (self.slots.segment(),)
 
     def _next(self, length: int | Tensor, padding: Tensor | None) -> Tensor:
         """Position [B] of one new token of each row; negative for padding."""
@@ -172,7 +179,7 @@ class RingStore:
         """Change to a longer ring, keeping every token held at ``length``."""
         old = tuple(tensor.clone() for tensor in self.slots.keys + self.slots.values)
         shorter, self.ring = self.ring, ring
-        self._reserve(length)
+        self.reserve(length)
         target = self._held(length, padding)
         source = torch.where(target < self.sink, target, self.sink + (target - self.sink) % shorter)
         rows = (old[0].shape[0], -1)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from duohead.cache.view import KeysAndValues, Piece
+from duohead.cache.view import KeysAndValues, Piece, Segment
 from duohead.codec import Codec, Encoded
 from duohead.policy import capacity
 
@@ -61,6 +61,10 @@ class Slots:
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+    def segment(self, first: int = 0) -> Segment:
+        """The slots as kernels read them; slot 0 holds token ``first``."""
+        return Segment(tuple(self.keys), tuple(self.values), first)
 
     def tensors(self) -> Iterator[tuple[list[Tensor], int]]:
         """Every stored tensor as (list that holds it, index), so that each can be replaced on its own."""
@@ -172,6 +176,14 @@ class StaticStore:
             Piece(_reader(self.slots, 0, used, dtype), torch.where(slot < length, position, -1)),
         )
 
+    def whole(self, tokens: int | Tensor) -> KeysAndValues | None:
+        """The first ``tokens`` slots as they are, for a lossless codec; None for a device length."""
+        return _whole(self.slots, tokens) if isinstance(tokens, int) else None
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The slots in memory."""
+        return (self.slots.segment(),)
+
     def select_rows(self, index: Tensor) -> None:
         """Replace the rows by ``index``."""
         self.slots.select_rows(index)
@@ -188,39 +200,40 @@ class GrowingStore:
             keys.new_empty(*keys.shape[:2], 0, keys.shape[3]),
             values.new_empty(*values.shape[:2], 0, values.shape[3]),
         )
-        self.segments: list[Slots] = [Slots.empty(codec, like, 0)]
+        self._segments: list[Slots] = [Slots.empty(codec, like, 0)]
 
     @property
     def slots(self) -> int:
         """Slots allocated."""
-        return sum(segment.size for segment in self.segments)
+        return sum(segment.size for segment in self._segments)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(segment.nbytes for segment in self.segments)
+        return sum(segment.nbytes for segment in self._segments)
 
     def append(self, start: int | Tensor, encoded: Encoded, padding: Tensor | None) -> None:
         """Store tokens from ``start`` on, growing as needed."""
         start = int(start)
         count = encoded[0].shape[2]
-        self._reserve(start + count)
+        self.reserve(start + count)
         first = 0
-        for segment in self.segments:
+        for segment in self._segments:
             last = first + segment.size
             low, high = max(start, first), min(start + count, last)
             if low < high:
                 segment.write(low - first, encoded, slice(low - start, high - start))
             first = last
 
-    def _reserve(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
+        """Make room for a length of ``tokens``."""
         wanted, have = capacity(tokens), self.slots
         if wanted <= have:
             return
         if wanted <= COPY_LIMIT or have == 0:
-            self.segments[0].resize(wanted)
+            self._segments[0].resize(wanted)
         else:
-            self.segments.append(Slots.empty(self._codec, self._like, wanted - have))
+            self._segments.append(Slots.empty(self._codec, self._like, wanted - have))
 
     def pieces(
         self, length: int | Tensor, padding: Tensor | None, dtype: torch.dtype
@@ -228,17 +241,33 @@ class GrowingStore:
         """The stored tokens [0, length) in pieces of bounded size."""
         found: list[Piece] = []
         first, length = 0, int(length)
-        for segment in self.segments:
+        for segment in self._segments:
             found += _pieces(segment, first, length - first, padding, dtype)
             first += segment.size
+        return tuple(found)
+
+    def whole(self, tokens: int | Tensor) -> KeysAndValues | None:
+        """The first ``tokens`` slots as they are, for a lossless codec, if they are in one segment."""
+        return _whole(self._segments[0], int(tokens)) if len(self._segments) == 1 else None
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The slots in memory."""
+        found, first = [], 0
+        for slots in self._segments:
+            found.append(slots.segment(first))
+            first += slots.size
         return tuple(found)
 
     def select_rows(self, index: Tensor) -> None:
         """Replace the rows by ``index``."""
         keys, values = (x.new_empty(len(index), *x.shape[1:]) for x in self._like)
         self._like = (keys, values)
-        for segment in self.segments:
+        for segment in self._segments:
             segment.select_rows(index)
+
+
+def _whole(slots: Slots, tokens: int) -> KeysAndValues:
+    return slots.keys[0][:, :, :tokens], slots.values[0][:, :, :tokens]
 
 
 def _pieces(

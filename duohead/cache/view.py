@@ -42,6 +42,8 @@ class HeadView:
         sink, recent, window: the policy's numbers for this call (see `duohead.mask.visible`).
         chunk_start: [B or 1, 1] for ``visibility="chunk"``, else None.
         padded: whether any row has padding (then position tensors differ by row).
+        whole: past and new tokens [B, G, past + K, D] of heads that keep everything, as they lie in storage, without a
+            copy; None where storage is lossy or not in one piece.
     """
 
     heads: Tensor | None
@@ -57,6 +59,7 @@ class HeadView:
     window: int | None
     chunk_start: Tensor | None
     padded: bool
+    whole: KeysAndValues | None = None
 
     @property
     def reach(self) -> int | None:
@@ -122,6 +125,50 @@ class HeadView:
         if self.reach is None:
             return None
         return self.keys.shape[2] - self.query_position.shape[1] + start - self.reach + 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive slots as they lie in memory: the parts that `duohead.codec` lists, each [B, G, T, width].
+
+    ``first`` is the token, counted with padding, in slot 0 of a store that keeps every token; 0 for a ring.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class StoredView:
+    """What the heads of one kind hold once the new tokens are stored too, as encoded, for kernels that decode it.
+
+    Without a ring, slot t of a segment holds token ``first + t``. With one, position p of a row (counted from its first
+    real token) sits in slot p if p < sink, else in slot sink + (p - sink) % ring, and newer tokens overwrite older.
+
+    Attributes:
+        heads: KV heads of this kind, ascending, as an index tensor [G]; None if all heads are of this kind.
+        codec: name of the storage format (`duohead.codec`; native dtypes are called fp16, bf16, fp32).
+        segments: the slots, in the order of tokens; a ring has one segment.
+        sink: slots for first tokens; 0 without a ring.
+        ring: slots for last tokens; None for heads that keep every token.
+        reach: tokens back that a query sees outside the sinks, its own included; None for all.
+        window: native sliding window, which limits the sinks as well; None for global attention.
+        tokens: tokens stored, padding included, those of this call too; 0-d int64 on the device for static caches.
+        padding: left padding of each row [B], int64, or None.
+        floor: oldest token in the ring of a static cache, 0-d int64 on the device, which a store updates; or None.
+    """
+
+    heads: Tensor | None
+    codec: str
+    segments: tuple[Segment, ...]
+    sink: int
+    ring: int | None
+    reach: int | None
+    window: int | None
+    tokens: int | Tensor
+    padding: Tensor | None
+    floor: Tensor | None = None
 
 
 def pick_heads(tensor: Tensor, heads: Tensor | None) -> Tensor:

@@ -1,117 +1,275 @@
-"""`duohead bench kernels`: how fast streaming prefill is against dense causal attention, here and now.
+"""`duohead bench`: speed and memory, measured here, after the results were held against fp64 in the same process.
 
-The oracle is checked first, both are timed in this process on the same inputs, and every figure can be kept as a
-record. Run `duohead bench kernels --lengths 4096 16384 --json results/prefill.jsonl`.
+`kernels` times attention of one layer against the best full attention there is, `model` whole models of true shapes,
+`capacity` the longest cache that fits; each prints a card and appends records, of which `report` draws pictures. Run
+`duohead bench kernels --preset decode-table --json results/kernels.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-FLAGS = (
-    "--lengths",
-    "--heads",
-    "--kv-heads",
-    "--head-dim",
-    "--batch",
-    "--sink",
-    "--recent",
-    "--impl",
-    "--dtype",
-    "--device",
-    "--seconds",
-    "--json",
+from duohead.cli.bench_flags import (
+    FLAGS,
+    KERNEL_SIZES,
+    add_capacity,
+    add_kernels,
+    add_model,
+    add_report,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from duohead.bench.cases import Case
+    from duohead.bench.jobs import Job
+
+__all__ = ["FLAGS", "add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb (listed in FLAGS)."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    text = "streaming prefill against dense causal attention"
-    add = kinds.add_parser("kernels", help=text, description=text, allow_abbrev=False).add_argument
-    add(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=[4096, 16384],
-        metavar="N",
-        help="tokens (4096 16384)",
-    )
-    for name, default, meaning in (
-        ("--heads", 8, "query heads"),
-        ("--kv-heads", 4, "KV heads"),
-        ("--head-dim", 64, "head size"),
-        ("--batch", 1, "rows"),
-        ("--sink", 64, "first tokens seen"),
-        ("--recent", 256, "last tokens seen"),
-    ):
-        add(name, type=int, default=default, metavar="N", help=f"{meaning} (%(default)s)")
-    add("--impl", default="auto", metavar="NAME", help="attention implementation (%(default)s)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="(%(default)s)",
-    )
-    add("--device", default="cpu", metavar="D", help="cpu, cuda (%(default)s)")
-    add("--seconds", type=float, default=2.0, metavar="S", help="time for each (%(default)s)")
-    add("--json", metavar="FILE", help="append records, one JSON line per length")
+    for name, (text, add, _) in KINDS.items():
+        child = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add(child.add_argument)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every length, print a card, append records."""
-    _check(args)
-    import torch
-    from tqdm import tqdm
-
-    from duohead.attention import choose
-    from duohead.bench.kernels import PrefillShape, streaming_prefill
-    from duohead.pocket.loading import device_of
-    from duohead.record import write_record
-
-    device, dtype = device_of(args.device), getattr(torch, args.dtype)
-    lines = []
-    for length in tqdm(args.lengths, desc="bench", unit="length"):
-        shape = PrefillShape(
-            length, args.heads, args.kv_heads, args.head_dim, args.batch, args.sink, args.recent
-        )
-        result = streaming_prefill(
-            shape, device=device, dtype=dtype, impl=args.impl, seconds=args.seconds
-        )
-        lines.append(
-            f"{length:>8,} tokens: streaming {result.streaming.median_ms:9.1f} ms, causal "
-            f"{result.causal.median_ms:9.1f} ms, {result.speedup:5.1f} times faster, error {result.error:.1e}"
-        )
-        if args.json is not None:
-            write_record(
-                args.json,
-                op="prefill.streaming",
-                impl=choose(args.impl, device.type),
-                shape=vars(shape),
-                dtype=dtype,
-                numbers=result.numbers(),
-            )
-    print(*lines, sep="\n")
-    return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    from duohead.attention import check_impl
-
-    check_impl(args.impl)
-    sizes = {
-        name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "batch", "recent")
-    }
-    for name, value in [*sizes.items(), *(("lengths", length) for length in args.lengths)]:
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.sink < 0:
-        raise ValueError(f"--sink must be at least 0, got {args.sink}")
-    if args.heads % args.kv_heads:
-        raise ValueError(
-            f"--heads must be a multiple of --kv-heads, got {args.heads} and {args.kv_heads}"
-        )
-    if args.json is not None:
+    """Measure, print a card, append records; 1 if something of a preset failed."""
+    if getattr(args, "json", None) is not None:
         from duohead.files import check_writable
 
         check_writable(args.json)
+    code: int = KINDS[args.kind][2](args)
+    return code
+
+
+def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    from duohead.pocket.loading import device_of
+
+    device = device_of(args.device)
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return device, getattr(torch, name)
+
+
+# --- kernels
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    cases = _cases(args)
+    from tqdm import tqdm
+
+    from duohead.bench.card import kernel_line, limits_lines
+    from duohead.bench.ceilings import ceilings
+    from duohead.bench.kernels import Place, baseline_key, run_baselines, run_case
+    from duohead.record import write_record
+
+    device, dtype = _place(args)
+    gpu = device.type == "cuda"
+    names = args.baselines
+    if names is None:
+        names = ["sdpa-flash", "sdpa-cudnn"] if gpu else ["sdpa"]
+    limits = ceilings(device)
+    seconds = args.seconds if args.seconds is not None else (0.2 if gpu else 2.0)
+    place = Place(device, dtype, seconds, limits.cache_bytes)
+    rivals: dict[Case, Any] = {}
+    failures = 0
+    work = list(itertools.product(cases, args.impl))
+    for case, impl in tqdm(work, desc="bench kernels", unit="case", dynamic_ncols=True):
+        key = baseline_key(case)
+        if key not in rivals:
+            rivals[key] = run_baselines(key, names, place)
+        strict = args.preset is None
+        result = run_case(case, place, impl=impl, rivals=rivals[key], strict=strict)
+        failures += isinstance(result.outcome, str) and result.outcome.startswith("failed")
+        tqdm.write(kernel_line(result, limits))
+        if args.json is not None:
+            write_record(
+                args.json,
+                op=f"{'prefill.' if case.op == 'streaming' else ''}{case.op}",
+                impl=result.impl,
+                shape={name: value for name, value in vars(case).items() if name != "op"},
+                dtype=dtype,
+                policy=case.policy(),
+                numbers=result.numbers(limits),
+            )
+    print(*limits_lines(limits), sep="\n")
+    return 1 if failures else 0
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    from duohead.attention import check_impl
+    from duohead.bench.baselines import check_baselines
+    from duohead.bench.cases import preset
+
+    for impl in args.impl:
+        check_impl(impl)
+    check_baselines(args.baselines or [])
+    if args.preset is not None:
+        return [case for name in args.preset for case in preset(name)]
+    return list(_asked_cases(args))
+
+
+def _asked_cases(args: argparse.Namespace) -> Iterator[Case]:
+    from duohead.bench.cases import Case
+
+    sizes = {name: getattr(args, name) for name in (key.replace("-", "_") for key in KERNEL_SIZES)}
+    for op, length in itertools.product(args.op, args.lengths):
+        for ratio in args.retrieval_ratio if op != "streaming" else [0.0]:
+            yield Case(
+                op,
+                length,
+                **sizes,
+                retrieval_ratio=ratio,
+                retrieval_dtype=args.retrieval_dtype,
+                streaming_dtype=args.streaming_dtype,
+            )
+
+
+# --- whole models
+
+
+def _model(args: argparse.Namespace) -> int:
+    jobs = _jobs(args)
+    from tqdm import tqdm
+
+    from duohead.bench.card import limits_lines, model_line
+    from duohead.bench.ceilings import ceilings
+    from duohead.bench.model import ModelBench
+    from duohead.record import write_record
+
+    device, dtype = _place(args)
+    limits = ceilings(device)
+    bench = ModelBench(device, dtype, seconds=args.seconds)
+    failures = 0
+    for job in tqdm(jobs, desc="bench model", unit="job", dynamic_ncols=True):
+        result = bench.run(job, strict=args.preset is None)
+        failures += result.failed
+        tqdm.write(model_line(result, limits))
+        if args.json is not None:
+            write_record(
+                args.json,
+                op=f"model.{job.measure}",
+                impl=job.method,
+                shape=job.shape() | {"attention": result.attention(device.type)},
+                dtype=dtype,
+                policy=result.policy,
+                numbers=result.numbers(limits),
+            )
+    print(*limits_lines(limits), sep="\n")
+    return 1 if failures else 0
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    from dataclasses import replace
+
+    from duohead.attention import check_impl
+    from duohead.bench.jobs import preset
+
+    check_impl(args.impl)
+    if args.preset is not None:
+        found = [job for name in args.preset for job in preset(name)]
+        return [replace(job, compile=_compile(args), impl=args.impl) for job in found]
+    return list(dict.fromkeys(_asked_jobs(args)))
+
+
+def _asked_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    for measure, method, length in itertools.product(args.measure, args.methods, args.lengths):
+        if measure == "share" and method != "duo":
+            continue  # the others have no streaming heads
+        for chunk in args.chunks if measure != "decode" else args.chunks[:1]:
+            for ratio in args.retrieval_ratio if method == "duo" else args.retrieval_ratio[:1]:
+                yield _job(args, measure, method, length=length, chunk=chunk, retrieval_ratio=ratio)
+
+
+def _job(args: argparse.Namespace, measure: str, method: str, **changes: Any) -> Job:
+    from duohead.bench.jobs import Job
+
+    names = (
+        "model",
+        "batch",
+        "sink",
+        "recent",
+        "retrieval_dtype",
+        "streaming_dtype",
+        "weights",
+        "impl",
+    )
+    shared = {name: getattr(args, name) for name in names}
+    return Job(measure, method, **shared, compile=_compile(args), **changes)
+
+
+def _compile(args: argparse.Namespace) -> bool | str:
+    return "auto" if args.compile == "auto" else bool(args.compile == "yes")
+
+
+# --- capacity
+
+
+def _capacity(args: argparse.Namespace) -> int:
+    from duohead.attention import check_impl
+    from duohead.bench.capacity import device_memory, limit_memory, measure_capacity
+    from duohead.bench.card import capacity_lines, limits_lines
+    from duohead.bench.ceilings import ceilings
+    from duohead.bench.model import ModelBench
+    from duohead.record import write_record
+
+    check_impl(args.impl)
+    for name, least in (("tokens", 1), ("prefill", 0), ("memory", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    job = _job(
+        args, "decode", "duo", length=1, chunk=args.chunk, retrieval_ratio=args.retrieval_ratio
+    )
+    device, dtype = _place(args)
+    memory = device_memory(device) if args.memory is None else int(args.memory * 2**30)
+    limits = ceilings(device)
+    limit_memory(device, memory)
+    bench = ModelBench(device, dtype)
+    result = measure_capacity(
+        bench, job, memory_bytes=memory, tokens=args.tokens, prefill=args.prefill
+    )
+    print(*capacity_lines(result, limits), *limits_lines(limits), sep="\n")
+    if args.json is not None:
+        write_record(
+            args.json,
+            op="capacity",
+            impl="duo",
+            shape=job.shape() | {"length": result.tokens, "chunk": job.chunk},
+            dtype=dtype,
+            policy=result.policy,
+            numbers=result.numbers(limits),
+        )
+    return 0
+
+
+# --- pictures
+
+
+def _report(args: argparse.Namespace) -> int:
+    from duohead.bench.plots import draw, write_page
+
+    if args.out is None and args.png is None:
+        raise ValueError("report needs --out FILE or --png FOLDER, or both")
+    if args.out is not None:
+        write_page(args.out, args.files)
+        print(f"wrote {args.out}")
+    if args.png is not None:
+        for path in draw(args.png, args.files):
+            print(f"wrote {path}")
+    return 0
+
+
+KINDS: dict[str, tuple[str, Any, Any]] = {
+    "kernels": ("attention of one layer against the best full attention", add_kernels, _kernels),
+    "model": ("whole models of true shapes with random weights", add_model, _model),
+    "capacity": ("the longest cache that fits beside a model", add_capacity, _capacity),
+    "report": ("pictures of what the others measured", add_report, _report),
+}

@@ -16,14 +16,18 @@ from duohead import codec
 FLAGS = (
     "--policy",
     "--retrieval-ratio",
+    "--kv-budget",
     "--threshold",
     "--sink",
     "--recent",
+    "--prefill-recent",
     "--retrieval-dtype",
     "--streaming-dtype",
     "--prompt-file",
     "--max-new-tokens",
     "--chunk",
+    "--engine",
+    "--max-length",
     "--temperature",
     "--top-p",
     "--seed",
@@ -47,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--retrieval-ratio", type=float, metavar="R", help="share of heads that keep all (0.5)"
     )
     selector.add_argument(
+        "--kv-budget",
+        type=float,
+        metavar="B",
+        help="share of the dense cache's bytes to spend on this text",
+    )
+    selector.add_argument(
         "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
     )
     add(
@@ -57,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="last tokens kept by streaming heads (pattern's own)",
+    )
+    add(
+        "--prefill-recent",
+        type=int,
+        metavar="N",
+        help="last tokens seen by streaming heads during prefill (as --recent)",
     )
     add(
         "--retrieval-dtype",
@@ -91,6 +107,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens per forward (%(default)s)",
     )
     add(
+        "--engine",
+        choices=("auto", "graph", "compiled", "transformers"),
+        default="auto",
+        help="what decodes: CUDA graphs, the same of a compiled step (minutes to compile, for long answers), "
+        "transformers' own loop, or graphs where they can (%(default)s)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens to allocate the engine's cache for (those of this text)",
+    )
+    add(
         "--temperature",
         type=float,
         default=0.0,
@@ -117,29 +146,24 @@ def run(args: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from duohead.models import duo
-    from duohead.models.generate import KEPT, check_positions, generate
+    from duohead.models.generate import check_positions, generate
     from duohead.pattern import HeadPattern
     from duohead.pocket.loading import load_model
+    from duohead.shapes import layer_shapes
 
     pattern = HeadPattern.load(args.policy)
-    chosen = {"threshold": args.threshold} if args.threshold is not None else {}
-    if not chosen:
-        chosen = {"retrieval_ratio": 0.5 if args.retrieval_ratio is None else args.retrieval_ratio}
-    policy = pattern.policy(
-        **chosen,
-        sink=args.sink,
-        recent=args.recent,
-        retrieval_dtype=args.retrieval_dtype,
-        streaming_dtype=args.streaming_dtype,
-    )
+    policy = pattern.policy(**_selection(args))
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     pattern.validate(model)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    check_positions(model, ids.shape[1] + args.max_new_tokens)
+    tokens = ids.shape[1] + args.max_new_tokens
+    check_positions(model, tokens)
+    if args.kv_budget is not None:
+        # Made before the model was there to find mistakes early; the budget counts at the length of this text.
+        head_dim = next(shape.head_dim for shape in layer_shapes(model) if shape.num_kv_heads)
+        policy = pattern.policy(**_selection(args), tokens=tokens, head_dim=head_dim)
     torch.manual_seed(args.seed)
-    bar = tqdm(
-        total=max(ids.shape[1] - KEPT, 0), desc="prefill", unit="tok", file=sys.stderr, leave=False
-    )
+    bar = tqdm(total=ids.shape[1], desc="prefill", unit="tok", file=sys.stderr, leave=False)
     with duo(model, policy), bar:
         result = generate(
             model,
@@ -147,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             chunk=args.chunk,
             progress=bar.update,
+            engine=args.engine,
+            max_length=args.max_length,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **_sampling(args),
         )
@@ -155,16 +181,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, value, lowest in (
-        ("--max-new-tokens", args.max_new_tokens, 1),
-        ("--chunk", args.chunk, 1),
+    for flag, value in (
+        ("--max-new-tokens", args.max_new_tokens),
+        ("--chunk", args.chunk),
+        ("--max-length", args.max_length),
     ):
-        if value < lowest:
-            raise ValueError(f"{flag} must be at least {lowest}, got {value}")
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")
     if args.temperature < 0:
         raise ValueError(f"--temperature must be at least 0, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p must lie in (0, 1], got {args.top_p}")
+    if args.top_p < 1 and args.temperature == 0:
+        raise ValueError(
+            f"--top-p {args.top_p} says how to sample, but --temperature 0 does not sample; "
+            f"give a --temperature above 0, or leave --top-p out"
+        )
 
 
 def _prompt(path: str) -> str:
@@ -179,6 +211,22 @@ def _prompt(path: str) -> str:
     return text
 
 
+def _selection(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `HeadPattern.policy`."""
+    selectors = {
+        name: getattr(args, name) for name in ("retrieval_ratio", "kv_budget", "threshold")
+    }
+    chosen = {name: value for name, value in selectors.items() if value is not None}
+    return {
+        **(chosen or {"retrieval_ratio": 0.5}),
+        "sink": args.sink,
+        "recent": args.recent,
+        "prefill_recent": args.prefill_recent,
+        "retrieval_dtype": args.retrieval_dtype,
+        "streaming_dtype": args.streaming_dtype,
+    }
+
+
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     if args.temperature == 0:
         return {"do_sample": False}
@@ -187,9 +235,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def _summary(result: Any) -> str:
     prefill = result.prefilled_tokens / max(result.prefill_seconds, 1e-9)
-    decode = result.new_tokens / result.decode_seconds
+    # The first new token is the prefill's.
+    decode = max(result.new_tokens - 1, 1) / max(result.decode_seconds, 1e-9)
+    spent = f", {result.prepare_seconds:,.1f} s to prepare" if result.prepare_seconds else ""
     share = result.kv_bytes / result.dense_kv_bytes
     return (
         f"{result.prompt_tokens:,} prompt tokens at {prefill:,.0f} tok/s, {result.new_tokens:,} new at "
-        f"{decode:,.1f} tok/s; cache {result.kv_bytes:,} bytes, {share:.1%} of the dense {result.dense_kv_bytes:,}"
+        f"{decode:,.1f} tok/s ({result.engine}{spent}); "
+        f"cache {result.kv_bytes:,} bytes, {share:.1%} of the dense {result.dense_kv_bytes:,}"
     )

@@ -1,7 +1,8 @@
 """`duohead inspect FOLDER`: what a pattern looks like, how many heads a selection keeps, what that costs in bytes.
 
 A heat map tells at a glance whether identification worked (a few bright heads, the rest dark) and how a selection
-spreads over the layers. Run `duohead inspect FOLDER --retrieval-ratio 0.25 --png heads.png`.
+spreads over the layers. Run `duohead inspect FOLDER --retrieval-ratio 0.25 --png heads.png`; with `--capacity` it says
+how many tokens fit on a card, for a pattern or for the plain shape of a model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ FLAGS = (
     "--tokens",
     "--head-dim",
     "--png",
+    "--capacity",
+    "--model",
+    "--weights",
+    "--memory",
+    "--chunk",
+    "--retrieval-dtype",
+    "--streaming-dtype",
 )
+CAPACITY_RATIOS = (1.0, 0.5, 0.25)
 RATIOS = (1.0, 0.75, 0.5, 0.4, 0.25, 0.125, 0.0)
 SHADES, ASCII_SHADES = "·░▒▓█", ".-+*#"
 # Dark blue to yellow in the 256-colour palette, even to the eye and safe for colour-blind readers.
@@ -33,7 +42,9 @@ COLOURS = (17, 18, 19, 24, 30, 36, 71, 107, 143, 185, 227)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb (listed in FLAGS)."""
-    parser.add_argument("folder", metavar="FOLDER", help="folder of a pattern, or its hub id")
+    parser.add_argument(
+        "folder", nargs="?", metavar="FOLDER", help="folder of a pattern, or its hub id"
+    )
     selector = parser.add_mutually_exclusive_group()
     selector.add_argument(
         "--retrieval-ratio", type=float, metavar="R", help="share of gated heads that keep all"
@@ -64,10 +75,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-dim", type=int, default=128, metavar="D", help="head size (%(default)s)"
     )
     parser.add_argument("--png", metavar="FILE", help="also draw the heat map into a PNG file")
+    _add_capacity(parser)
+
+
+def _add_capacity(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tokens that fit").add_argument
+    add("--capacity", action="store_true", help="estimate how many tokens fit on a card")
+    add(
+        "--model",
+        metavar="NAME",
+        help="model whose weights share the card: llama-3-8b, llama-2-7b, qwen2.5-7b, mistral-7b, a folder or a "
+        "hub id (the pattern's own)",
+    )
+    add("--weights", default="bf16", metavar="W", help="bf16, int8 or int4 (%(default)s)")
+    add("--memory", type=float, metavar="GIB", help="memory of the card in GiB (the GPU here)")
+    add(
+        "--chunk",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="tokens per forward of prefill; 1 for decoding alone (%(default)s)",
+    )
+    for kind in ("retrieval", "streaming"):
+        add(
+            f"--{kind}-dtype",
+            default="auto",
+            metavar="D",
+            help=f"storage of {kind} heads: bf16, fp8, int8, int4 (the model's dtype)",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the pattern; write the picture if asked."""
+    """Print the pattern, or how many tokens fit; write the picture if asked."""
+    if args.capacity:
+        return _capacity(args)
+    if args.folder is None:
+        raise ValueError(
+            "FOLDER is needed, a pattern's folder or hub id; only --capacity goes without (see --help)"
+        )
     from duohead.pattern import HeadPattern
 
     for name in ("tokens", "head_dim"):
@@ -89,6 +134,81 @@ def run(args: argparse.Namespace) -> int:
         draw(pattern, policy, args.png)
         print(f"\nwrote {args.png}")
     return 0
+
+
+def _capacity(args: argparse.Namespace) -> int:
+    """Print the tokens that fit, for the selected heads or for a few ratios."""
+    from duohead.bench.capacity import device_memory, estimate, gib
+    from duohead.bench.models import any_config
+    from duohead.pattern import HeadPattern
+    from duohead.pocket.loading import device_of
+
+    if args.memory is not None and args.memory <= 0:
+        raise ValueError(f"--memory must be above 0 GiB, got {args.memory}")
+    if args.chunk < 1:
+        raise ValueError(f"--chunk must be >= 1, got {args.chunk}")
+    pattern = None if args.folder is None else HeadPattern.load(args.folder)
+    name = args.model or (pattern.base_model if pattern else None)
+    if name is None:
+        raise ValueError("--capacity needs --model, whose weights share the card with the cache")
+    made = any_config(name)
+    memory = device_memory(device_of(None)) if args.memory is None else int(args.memory * 2**30)
+    rows = [
+        (
+            policy.retrieval_ratio,
+            estimate(made, policy, memory_bytes=memory, weights=args.weights, chunk=args.chunk),
+        )
+        for policy in _capacity_policies(args, pattern, made)
+    ]
+    first = rows[0][1]
+    print(
+        f"{name} in {gib(memory)}: {args.weights} weights {gib(first.weight_bytes)}, activations of {args.chunk:,} "
+        f"tokens {gib(first.activation_bytes)}, runtime {gib(first.runtime_bytes)}; retrieval heads stored as "
+        f"{args.retrieval_dtype}, streaming heads as {args.streaming_dtype}"
+    )
+    print(f"{'ratio':>8}  {'tokens that fit':>15}  {'cache':>11}")
+    for ratio, found in rows:
+        print(f"{ratio:8.1%}  {found.tokens:15,}  {gib(found.kv_bytes):>11}")
+    return 0
+
+
+def _capacity_policies(
+    args: argparse.Namespace, pattern: HeadPattern | None, made: Any
+) -> list[HeadPolicy]:
+    """Policies to count for: of the pattern if there is one, else with heads spread evenly over a plain shape."""
+    from dataclasses import replace
+
+    from duohead.bench.jobs import spread
+    from duohead.policy import HeadPolicy
+    from duohead.shapes import layer_shapes
+
+    stored = {"retrieval_dtype": args.retrieval_dtype, "streaming_dtype": args.streaming_dtype}
+    if pattern is not None:
+        chosen = _selected(pattern, args)
+        policies = (
+            [chosen]
+            if chosen
+            else [_policy(pattern, args, {"retrieval_ratio": ratio}) for ratio in CAPACITY_RATIOS]
+        )
+        return [replace(policy, **stored) for policy in policies]
+    if args.kv_budget is not None or args.threshold is not None:
+        raise ValueError("--kv-budget and --threshold select heads of a pattern; give its FOLDER")
+    shapes = layer_shapes(made)
+    heads = max(shape.num_kv_heads for shape in shapes)
+    ratios = CAPACITY_RATIOS if args.retrieval_ratio is None else (args.retrieval_ratio,)
+    sink = 64 if args.sink is None else args.sink
+    recent = 256 if args.recent is None else args.recent
+    return [
+        HeadPolicy.from_heads(
+            retrieval=spread(ratio, len(shapes), heads),
+            num_kv_heads=heads,
+            sink=sink,
+            recent=recent,
+            retrieval_dtype=args.retrieval_dtype,
+            streaming_dtype=args.streaming_dtype,
+        )
+        for ratio in ratios
+    ]
 
 
 def heat_map(pattern: HeadPattern, policy: HeadPolicy | None, *, stream: TextIO) -> list[str]:

@@ -1,11 +1,13 @@
-"""Long prompts in pieces, then decoding with transformers' own generate, all through one `DuoCache`.
+"""A long prompt in chunks, then decoding, on the engine where it can and with transformers' own generate elsewhere.
 
-A prompt of any length is fed in chunks, so that activations stay small; the result does not depend on the chunk size.
-Sampling, stopping and streaming are transformers' business, this adds the prefill, the clock and the bytes.
+The engine (`duohead.models.engine`) is the fast way: a static cache and decode steps in CUDA graphs. transformers does
+everything else (beams, assistants, custom processors, other devices) on a growing `DuoCache`. The result says which it
+was, and what it took.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +17,19 @@ import torch
 from torch import Tensor
 
 from duohead.cache import DuoCache
-from duohead.models.interface import policy_of, unwrap
-from duohead.shapes import text_config
+from duohead.models.engine import Engine
+from duohead.models.interface import STATE, policy_of, unwrap
+from duohead.models.prefill import check_positions, prefill
+from duohead.models.sampling import Request, requested
 
+__all__ = ["ENGINES", "KEPT", "Generation", "check_positions", "generate", "prefill"]
+
+logger = logging.getLogger(__name__)
+ENGINES = ("auto", "graph", "compiled", "transformers")
 # model.generate wants prompt tokens that the cache has not seen; a single one would count as decoded, so two are left.
 KEPT = 2
+# The engine that generate makes by itself has room for texts up to the next multiple of this, so that it can be kept.
+ROOM = 1024
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,10 @@ class Generation:
     """What was generated, and what it took.
 
     ``tokens`` [B, prompt + new] includes the prompt, of which ``prefilled_tokens`` took ``prefill_seconds``. Times are
-    in seconds, sizes in bytes; ``dense_kv_bytes`` is what the same length costs without a policy.
+    in seconds, sizes in bytes; ``kv_bytes`` are allocated (for the whole ``max_length`` of an engine), and
+    ``dense_kv_bytes`` is what the same room costs without a policy. ``engine`` says what decoded: "graph" or "compiled"
+    (CUDA graphs of the eager or the compiled step), "steps" (the engine without graphs), "transformers".
+    ``prepare_seconds`` went into compiling and capturing, apart from the other times.
     """
 
     tokens: Tensor
@@ -38,66 +51,8 @@ class Generation:
     decode_seconds: float
     kv_bytes: int
     dense_kv_bytes: int
-
-
-def prefill(
-    model: Any,
-    input_ids: Tensor,
-    cache: DuoCache,
-    *,
-    attention_mask: Tensor | None = None,
-    chunk: int | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Feed a prompt through an enabled model into ``cache``, a chunk at a time.
-
-    Args:
-        model: a model with a policy (`duohead.duo` or `duohead.enable`).
-        input_ids: new tokens [B, tokens]; they follow whatever the cache holds.
-        cache: where keys and values go.
-        attention_mask: [B, past + tokens], needed for left-padded rows.
-        chunk: tokens per forward, None for all at once.
-        progress: called with the number of tokens done after every chunk.
-
-    Returns:
-        Logits of the last token [B, vocabulary].
-
-    Raises:
-        ValueError: no tokens, a chunk below 1, or more tokens than the model has positions.
-    """
-    count = input_ids.shape[1]
-    if count == 0:
-        raise ValueError("input_ids must hold at least one token, got none")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    past = int(cache.get_seq_length())
-    check_positions(model, past + count)
-    step = chunk or count
-    logits = None
-    with torch.no_grad():
-        start = 0
-        while start < count:
-            # A single token counts as decoding, so it is no piece of its own where pieces are longer.
-            rest = count - start
-            stop = count if step > 1 and rest == step + 1 else start + min(step, rest)
-            mask = None if attention_mask is None else attention_mask[:, : past + stop]
-            extra = (
-                {}
-                if mask is None
-                else {"attention_mask": mask, "position_ids": _positions(mask, stop - start)}
-            )
-            logits = model(
-                input_ids=input_ids[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **extra,
-            ).logits
-            if progress is not None:
-                progress(stop - start)
-            start = stop
-    assert logits is not None, "there is at least one chunk"
-    return logits[:, -1]
+    engine: str = "transformers"
+    prepare_seconds: float = 0.0
 
 
 def generate(
@@ -108,9 +63,11 @@ def generate(
     max_new_tokens: int = 128,
     chunk: int | None = None,
     progress: Callable[[int], object] | None = None,
+    engine: Engine | str = "auto",
+    max_length: int | None = None,
     **options: Any,
 ) -> Generation:
-    """Continue a prompt with an enabled model: prefill in chunks, then `model.generate` on the same cache.
+    """Continue a prompt with an enabled model: prefill in chunks, then decode on the same cache.
 
     Args:
         model: a model with a policy (`duohead.duo` or `duohead.enable`).
@@ -119,53 +76,251 @@ def generate(
         max_new_tokens: how many tokens to generate at most.
         chunk: tokens per prefill forward, None for all at once.
         progress: called with the number of prompt tokens done after every chunk.
+        engine: "graph" or "compiled" for an engine that stays with the model until it is disabled (or needs another
+            one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it.
+            An `Engine` of your own goes on with the text it holds: ``input_ids`` is then the whole text so far, of
+            which it feeds what is new; ``reset()`` it for another text.
+        max_length: tokens to allocate the engine's cache for; by default what this call needs, rounded up.
         options: anything that ``model.generate`` takes (do_sample, temperature, streamer, ...).
 
     Raises:
-        ValueError: the model has no policy, or prompt and new tokens exceed its positions.
+        ValueError: the model has no policy, prompt and new tokens exceed its positions or ``max_length``, or an engine
+            was asked for that cannot do what the options say.
     """
     policy = policy_of(model)
     if policy is None:
         raise ValueError("this model has no policy; use it inside duohead.duo(model, policy)")
-    rows, prompt = input_ids.shape
-    check_positions(model, prompt + max_new_tokens)
-    cache = DuoCache(policy, unwrap(model))
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    started = time.perf_counter()
-    if prompt > KEPT:
-        prefill(
-            model,
-            input_ids[:, :-KEPT],
-            cache,
-            attention_mask=attention_mask,
-            chunk=chunk,
-            progress=progress,
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_positions(model, input_ids.shape[1] + max_new_tokens)
+    found = _engine(model, input_ids, attention_mask, max_new_tokens, engine, max_length, options)
+    run = _Run(model, input_ids, attention_mask, max_new_tokens, chunk, progress)
+    if found is None:
+        return run.with_transformers(options)
+    return run.with_engine(*found)
+
+
+def _engine(
+    model: Any,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    new: int,
+    engine: Engine | str,
+    max_length: int | None,
+    options: dict[str, Any],
+) -> tuple[Engine, Request] | None:
+    """The engine that serves this call and the call as it reads it; None for transformers."""
+    if isinstance(engine, Engine):
+        if engine.model is not getattr(model, "_orig_mod", model):
+            raise ValueError("the engine was made for another model; make Engine(model, ...)")
+        if max_length not in (None, engine.max_length):
+            raise ValueError(
+                f"max_length must be the engine's {engine.max_length}, got {max_length}; leave it out"
+            )
+        return engine, requested(model, options)
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be an Engine or one of {', '.join(ENGINES)}, got {engine!r}")
+    device = unwrap(model).device
+    if engine in ("graph", "compiled") and device.type != "cuda":
+        raise ValueError(
+            f"engine={engine!r} needs CUDA, but the model is on {device}; use 'auto' or 'transformers'"
         )
-        _wait(input_ids.device)
-    copies = _copies(options)
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
-    ready = time.perf_counter()
-    tokens = model.generate(
-        input_ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        **options,
+    if engine == "transformers" or (engine == "auto" and device.type != "cuda"):
+        if max_length is not None:
+            raise ValueError(
+                f"max_length={max_length} is for an engine, but {engine!r} decodes with transformers here; "
+                f"leave it out"
+            )
+        return None
+    try:
+        request = requested(model, options)
+        made = _kept(
+            model, input_ids, mask, new, compiled=engine == "compiled", max_length=max_length
+        )
+    except ValueError as error:
+        if engine != "auto":
+            raise
+        logger.info("decoding with transformers: %s", error)
+        return None
+    return made, request
+
+
+def _kept(
+    model: Any,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    new: int,
+    *,
+    compiled: bool,
+    max_length: int | None,
+) -> Engine:
+    """The engine that stays with the model's policy, made anew when it does not fit."""
+    target = unwrap(model)
+    rows, prompt = input_ids.shape
+    # The last token is never fed.
+    needed = prompt + new - 1
+    padded = mask is not None and not bool(mask.all())
+    kept: dict[str, Any] = vars(vars(target)[STATE])
+    engine: Engine | None = kept.get("engine")
+    fits = (
+        engine is not None
+        and engine.fits(rows=rows, tokens=needed, padded=padded)
+        and engine.compiles == compiled
+        and engine.max_length == (max_length or engine.max_length)
+        and engine.model is getattr(model, "_orig_mod", model)
     )
-    _wait(input_ids.device)
-    finished = time.perf_counter()
-    length = int(cache.get_seq_length())
-    return Generation(
-        tokens=tokens,
-        prompt_tokens=prompt,
-        prefilled_tokens=max(prompt - KEPT, 0),
-        new_tokens=tokens.shape[1] - prompt,
-        prefill_seconds=ready - started,
-        decode_seconds=finished - ready,
-        kv_bytes=cache.kv_bytes(),
-        dense_kv_bytes=policy.dense_kv_bytes(length, rows * copies),
-    )
+    if engine is None or not fits:
+        # Before the next one is made: two caches may not fit.
+        kept.pop("engine", None)
+        engine = None
+        engine = Engine(
+            model,
+            batch=rows,
+            max_length=max_length or -(-needed // ROOM) * ROOM,
+            padded=padded,
+            compile=compiled,
+            graphs=True,
+        )
+        kept["engine"] = engine
+    engine.reset()
+    return engine
+
+
+@dataclass
+class _Run:
+    """One call of `generate`."""
+
+    model: Any
+    input_ids: Tensor
+    mask: Tensor | None
+    new: int
+    chunk: int | None
+    progress: Callable[[int], object] | None
+
+    def with_engine(self, engine: Engine, request: Request) -> Generation:
+        """Generate on an engine, from where it is."""
+        past, prompt = engine.length, self.input_ids.shape[1]
+        if past >= prompt:
+            raise ValueError(
+                f"input_ids must be the whole text so far and more, but the engine holds {past} tokens already and "
+                f"got {prompt}; reset() it for another text"
+            )
+        before = engine.prepare_seconds
+        if not past:
+            engine.prepare(request.sampler)
+        engine.seed()
+        if request.streamer is not None:
+            request.streamer.put(self.input_ids.cpu())
+        started = time.perf_counter()
+        logits = engine.prefill(
+            self.input_ids[:, past:],
+            attention_mask=self.mask,
+            chunk=self.chunk,
+            progress=self.progress,
+        )
+        _wait(engine.device)
+        ready, captured = time.perf_counter(), engine.prepare_seconds
+        made = self._decoded(engine, request, engine.pick(logits, request.sampler))
+        _wait(engine.device)
+        late = engine.prepare_seconds - captured
+        return self._result(
+            torch.cat([self.input_ids, made], 1),
+            engine.cache,
+            rows=engine.batch,
+            prefilled=prompt - past,
+            seconds=(ready - started, time.perf_counter() - ready - late),
+            engine=("compiled" if engine.compiles else "graph") if engine.graphs else "steps",
+            prepare_seconds=engine.prepare_seconds - before,
+        )
+
+    def _decoded(self, engine: Engine, request: Request, first: Tensor) -> Tensor:
+        """The first new token and those after it [B, n], streamed as they come."""
+        streamer = request.streamer
+
+        def show(tokens: Tensor) -> None:
+            for column in tokens.cpu().unbind(1):
+                streamer.put(column)
+
+        made = first[:, None]
+        if streamer is not None:
+            show(made)
+        if self.new > 1:
+            rest = engine.decode(
+                first,
+                self.new - 1,
+                sampler=request.sampler,
+                stop=request.stop,
+                pad=request.pad,
+                on_tokens=None if streamer is None else show,
+            )
+            made = torch.cat([made, rest], 1)
+        if streamer is not None:
+            streamer.end()
+        return made
+
+    def with_transformers(self, options: dict[str, Any]) -> Generation:
+        """Prefill all but the last tokens, and let ``model.generate`` go on with a growing cache."""
+        policy = policy_of(self.model)
+        assert policy is not None, "generate has looked"
+        prompt, device = self.input_ids.shape[1], self.input_ids.device
+        cache = DuoCache(policy, unwrap(self.model))
+        started = time.perf_counter()
+        if prompt > KEPT:
+            prefill(
+                self.model,
+                self.input_ids[:, :-KEPT],
+                cache,
+                attention_mask=self.mask,
+                chunk=self.chunk,
+                progress=self.progress,
+            )
+            _wait(device)
+        copies = _copies(options)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        ready = time.perf_counter()
+        tokens = self.model.generate(
+            self.input_ids,
+            attention_mask=torch.ones_like(self.input_ids) if self.mask is None else self.mask,
+            past_key_values=cache,
+            max_new_tokens=self.new,
+            **options,
+        )
+        _wait(device)
+        return self._result(
+            tokens,
+            cache,
+            rows=self.input_ids.shape[0] * copies,
+            prefilled=max(prompt - KEPT, 0),
+            seconds=(ready - started, time.perf_counter() - ready),
+        )
+
+    def _result(
+        self,
+        tokens: Tensor,
+        cache: DuoCache,
+        *,
+        rows: int,
+        prefilled: int,
+        seconds: tuple[float, float],
+        engine: str = "transformers",
+        prepare_seconds: float = 0.0,
+    ) -> Generation:
+        prompt = self.input_ids.shape[1]
+        return Generation(
+            tokens=tokens,
+            prompt_tokens=prompt,
+            prefilled_tokens=prefilled,
+            new_tokens=tokens.shape[1] - prompt,
+            prefill_seconds=seconds[0],
+            decode_seconds=seconds[1],
+            kv_bytes=cache.kv_bytes(),
+            dense_kv_bytes=cache.policy.dense_kv_bytes(
+                cache.max_length or int(cache.get_seq_length()), rows
+            ),
+            engine=engine,
+            prepare_seconds=prepare_seconds,
+        )
 
 
 def _copies(options: dict[str, Any]) -> int:
@@ -176,21 +331,6 @@ def _copies(options: dict[str, Any]) -> int:
         for name in ("num_beams", "num_return_sequences")
     ]
     return max(asked)
-
-
-def check_positions(model: Any, tokens: int) -> None:
-    """Raise ValueError if ``tokens`` exceed the positions that the model was made for."""
-    limit = getattr(text_config(unwrap(model)), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ValueError(
-            f"prompt and new tokens must fit the model's {limit} positions, got {tokens}; shorten the prompt, "
-            f"or use a model with a longer context"
-        )
-
-
-def _positions(mask: Tensor, count: int) -> Tensor:
-    """Position ids [B, count] of the newest tokens, counted from each row's first real token."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
 
 
 def _wait(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from transformers.masking_utils import causal_mask_function
 from duohead import attention
 from duohead.cache import DUO_KV_OFFSET, DuoHandle
 from duohead.cache.direct import direct_views
+from duohead.models import opaque
 from duohead.policy import HeadPolicy
 
 NAME = "duo"
@@ -91,17 +92,20 @@ def duo_attention(
             f"attention_mask must be 2-D (rows, tokens) with duohead, got {attention_mask.ndim}-D; the policy decides "
             f"who sees whom, so pass the tokenizer's padding mask"
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {
+        "scale": scale, "softcap": softcap, "sink_logits": s_aux, "impl": plan.impl
+    }  # fmt: skip
     if isinstance(key, DuoHandle):
-        views = key.open(attention_mask)
+        kernels = attention.choose(plan.impl, query.device.type) in attention.KERNELS
+        in_graph = kernels and key.layer.addressed and torch.compiler.is_compiling()
+        attend = opaque.attend_in_graph if in_graph else opaque.attend
+        out = attend(query, key, attention_mask, **options)
     else:
         views = direct_views(
             plan.policy, plan.index, key, value, queries=query.shape[2], mask=attention_mask
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    step = attention.decode if query.shape[2] <= attention.MAX_DECODE_TOKENS else attention.prefill
-    out = step(query, views, scale=scale, softcap=softcap, sink_logits=s_aux, impl=plan.impl)
-    if isinstance(key, DuoHandle):
-        key.commit()
+        out = attention.prefill(query, views, **options)
     return out.contiguous(), None  # some models take a view of it
 
 

@@ -1,0 +1,326 @@
+"""The engine: prefill in chunks, then decode steps that the device takes alone.
+
+A decode step (one forward, picking the next token, stop tokens, counters) is a fixed piece of device work on a static
+cache, captured in one CUDA graph, so that the host neither launches hundreds of kernels nor waits for a token; it looks
+every few steps whether all rows have stopped. The same loop runs without graphs on any device.
+
+Shape letters: B rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duohead.cache import DuoCache
+from duohead.models.compiling import compiled_chunks, compiled_step, in_slices, is_one_graph
+from duohead.models.interface import policy_of, unwrap
+from duohead.models.prefill import prefill
+from duohead.models.sampling import Sampler
+from duohead.models.steps import MAX_STOP_TOKENS, Steps
+
+CHECK_EVERY = 16
+# Tokens of the rehearsal prefill, over all rows: enough that kernels are chosen and tuned as for long chunks.
+REHEARSAL = 4096
+
+GREEDY = Sampler()
+
+
+class Engine:
+    """Generation for one enabled model on one static cache, for one prompt (or conversation) after the other.
+
+    Args:
+        model: a model with a policy (`duohead.duo` or `duohead.enable`), all of it on one device.
+        batch: rows.
+        max_length: tokens of prompt and answer that fit, padding included; the cache is allocated for them at once.
+        padded: whether rows may have left padding.
+        compile: compile the decode step and the chunks of prefill, or their row-wise parts where a chunk is not one
+            graph; "auto" does not, because it takes a minute or two and pays off for long texts or many of them.
+        graphs: replay decode steps as CUDA graphs; "auto" where there is CUDA.
+
+    Raises:
+        ValueError: no policy, a number out of range, graphs without CUDA, or a model spread over devices.
+
+    Attributes:
+        cache: the `DuoCache`.
+        length: tokens in it, padding included.
+        prepare_seconds: time spent so far on compiling, tuning and capturing, apart from running.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch: int = 1,
+        max_length: int,
+        padded: bool = False,
+        compile: bool | str = "auto",
+        graphs: bool | str = "auto",
+    ) -> None:
+        target = unwrap(model)
+        policy = policy_of(target)
+        if policy is None:
+            raise ValueError("this model has no policy; use it inside duohead.duo(model, policy)")
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1 row, got {batch}")
+        self.policy = policy
+        self.model = getattr(model, "_orig_mod", model)
+        self.device = _single_device(target)
+        self.batch, self.max_length, self.padded = batch, max_length, padded
+        self.compiles = _flag("compile", compile, auto=False)
+        self.graphs = _flag("graphs", graphs, auto=self.device.type == "cuda")
+        if self.graphs and self.device.type != "cuda":
+            raise ValueError(
+                f"graphs=True needs CUDA, but the model is on {self.device}; use graphs='auto'"
+            )
+        self.cache = DuoCache(policy, target, max_length=max_length)
+        self.cache.allocate(batch, dtype=target.dtype, device=self.device, padded=padded)
+        self.length = 0
+        self.prepare_seconds = 0.0
+        self._target = target
+        self._padding = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        forward = compiled_step(self._logits, rows=batch) if self.compiles else self._logits
+        # Layers without KV heads go through a chunk in loops, which compile to as many copies of their bodies.
+        whole = (
+            self.compiles
+            and len(self.cache.duo_layers) == len(self.cache.layers)
+            and is_one_graph(target, self.device)
+        )
+        self._chunks = compiled_chunks(self.model) if whole else None
+        self._steps = Steps(target, forward, self.cache, rows=batch, graphs=self.graphs)
+
+    def fits(self, *, rows: int, tokens: int, padded: bool) -> bool:
+        """Whether this engine can serve ``rows`` of ``tokens`` tokens, prompt and answer, padding included."""
+        return self.batch == rows and self.max_length >= tokens and (self.padded or not padded)
+
+    def reset(self) -> None:
+        """Forget every token; what is compiled and captured stays."""
+        self.cache.reset()
+        self._padding.zero_()
+        self.length = 0
+
+    def seed(self, seed: int | None = None) -> None:
+        """Seed the sampling; by default from torch's global generator, so that `torch.manual_seed` decides."""
+        drawn = int(torch.randint(2**62, ())) if seed is None else seed
+        self._steps.generator.manual_seed(drawn)
+
+    # --- prefill
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        chunk: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Feed tokens [B, tokens] that follow what the cache holds, a chunk at a time.
+
+        Args:
+            input_ids: new tokens [B, tokens].
+            attention_mask: padding mask [B, length + tokens]; needed in the first call only, for left-padded rows.
+            chunk: tokens per forward, None for all at once.
+            progress: called with the number of tokens done after every chunk.
+
+        Returns:
+            Logits of the last token [B, vocabulary].
+
+        Raises:
+            ValueError: more tokens than ``max_length`` leaves room for, another number of rows, or a mask that the
+                engine or the cache cannot honour.
+        """
+        rows, count = input_ids.shape
+        if rows != self.batch:
+            raise ValueError(
+                f"input_ids must have the engine's {self.batch} rows, got {rows}; make Engine(batch={rows})"
+            )
+        self._check_room(count)
+        logits = self._feed(input_ids, self._mask(attention_mask, count), chunk, progress)
+        self.length += count
+        return logits
+
+    def _feed(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        chunk: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        sliced = in_slices(self._target, compiled=self.compiles)
+        with nullcontext() if self._chunks else sliced:
+            return prefill(
+                self.model,
+                input_ids,
+                self.cache,
+                attention_mask=mask,
+                chunk=chunk,
+                progress=progress,
+                forward=self._chunks,
+            )
+
+    def _mask(self, given: Tensor | None, count: int) -> Tensor | None:
+        """The padding mask [B, length + count] of this call, None for an engine without; settles the padding at first.
+
+        Checked here because compiled chunks cannot.
+        """
+        if given is None and not self.padded:
+            return None
+        if self.length == 0 and given is not None:
+            self._padding.copy_((given.cumsum(-1) == 0).sum(-1))
+            if not self.padded and bool(self._padding.any()):
+                self._padding.zero_()
+                raise ValueError(
+                    "attention_mask has left padding but the engine was made without; make Engine(padded=True)"
+                )
+        place = torch.arange(self.length + count, device=self.device)
+        mask = (place >= self._padding[:, None]).long()
+        if given is not None and not torch.equal(given.to(mask), mask):
+            raise ValueError(
+                f"attention_mask must cover the {self.length + count} tokens so far, 0 for padding on the left as in "
+                f"the first call and 1 for every other token; leave no padding between turns"
+            )
+        return mask if self.padded else None
+
+    def _check_room(self, count: int) -> None:
+        needed = self.length + count
+        if needed > self.max_length:
+            raise ValueError(
+                f"max_length of this engine is {self.max_length} tokens but {needed} are needed; "
+                f"make Engine(max_length={needed}) or more, or reset() it for another text"
+            )
+
+    # --- decode
+
+    def pick(self, logits: Tensor, sampler: Sampler = GREEDY) -> Tensor:
+        """Next tokens [B] from the logits [B, vocabulary] that `prefill` returned."""
+        return sampler(logits, self._steps.generator)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        sampler: Sampler = GREEDY,
+        stop: Sequence[int] = (),
+        pad: int = 0,
+        check_every: int = CHECK_EVERY,
+        on_tokens: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """Feed ``tokens`` and generate up to ``steps`` more; the last one generated is not fed.
+
+        Args:
+            tokens: the tokens [B] that follow what the cache holds.
+            steps: tokens to generate at most.
+            sampler: how to pick them.
+            stop: a row ends after one of these (which it may begin with); it goes on with ``pad`` until all rows end.
+            pad: fills rows that have ended.
+            check_every: steps between two looks of the host at the device.
+            on_tokens: called with new tokens [B, n] at every look.
+
+        Returns:
+            Generated tokens [B, n], n <= steps.
+
+        Raises:
+            ValueError: no room for ``steps`` tokens, nothing prefilled, or a number out of range.
+        """
+        if steps < 1 or check_every < 1:
+            raise ValueError(
+                f"steps and check_every must be at least 1, got {steps} and {check_every}"
+            )
+        if len(stop) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"stop holds at most {MAX_STOP_TOKENS} tokens, got {len(stop)}; use model.generate"
+            )
+        if self.length == 0:
+            raise ValueError("decode continues a text, but the cache is empty; call prefill first")
+        self._check_room(steps)
+        step = self._launcher(sampler)
+        self._steps.begin(tokens, self.length - self._padding, stop, pad)
+        burst = check_every if self._steps.traceless or not stop else 1
+        launched = seen = 0
+        try:
+            while launched < steps and not (stop and self._steps.ended()):
+                count = min(burst, steps - launched)
+                for _ in range(count):
+                    step()
+                launched += count
+                if on_tokens is not None:
+                    done = self._steps.made()
+                    on_tokens(self._steps.tokens(seen, done))
+                    seen = done
+        finally:
+            made = self._steps.made()
+            self.length += made
+        return self._steps.tokens(0, made).clone()
+
+    def _launcher(self, sampler: Sampler) -> Callable[[], None]:
+        started, captured = time.perf_counter(), self._steps.ready(sampler)
+        step = self._steps.launcher(sampler)
+        if self.graphs and not captured:
+            self.prepare_seconds += time.perf_counter() - started
+        return step
+
+    def _logits(self, token: Tensor, position: Tensor) -> Tensor:
+        """Logits [B, vocabulary] after one more token a row [B, 1]; padding was settled by the prefill."""
+        out = self.model(
+            input_ids=token,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    # --- preparation
+
+    def prepare(self, sampler: Sampler = GREEDY) -> None:
+        """Compile, tune and capture ahead of the first text, so that the clock of a run shows the run.
+
+        Raises:
+            ValueError: the engine holds a text, or a decode step cannot be captured.
+        """
+        if self.length:
+            raise ValueError(f"prepare needs an empty engine, got {self.length} tokens; reset() it")
+        if self.max_length < 3 or self._steps.ready(sampler):
+            return
+        started, before = time.perf_counter(), self.prepare_seconds
+        count = min(max(2, REHEARSAL // self.batch), self.max_length - 1)
+        tokens = torch.zeros(self.batch, count, dtype=torch.int64, device=self.device)
+        self._feed(tokens, self._mask(None, count))
+        with torch.no_grad():
+            if self.graphs:
+                self._steps.launcher(sampler)
+            elif self.compiles:
+                with self._steps.undone():
+                    self._steps.run(sampler)
+        self.reset()
+        _wait(self.device)
+        self.prepare_seconds = before + time.perf_counter() - started
+
+
+def _flag(name: str, value: bool | str, *, auto: bool) -> bool:
+    if value == "auto":
+        return auto
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True, False or 'auto', got {value!r}")
+    return value
+
+
+def _single_device(model: Any) -> torch.device:
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise ValueError(
+            f"the engine needs the model on one device, got {', '.join(sorted(places))}; use model.generate"
+        )
+    return model.device
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,94 @@
+"""A prompt of any length, fed in chunks into a cache, so that activations stay small.
+
+The result does not depend on the chunk size, because attention and eviction happen together, token-exact. Only the last
+position of a chunk goes through the language model head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duohead.cache import DuoCache
+from duohead.models.interface import unwrap
+from duohead.shapes import text_config
+
+
+def prefill(
+    model: Any,
+    input_ids: Tensor,
+    cache: DuoCache,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk: int | None = None,
+    progress: Callable[[int], object] | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    """Feed a prompt through an enabled model into ``cache``, a chunk at a time.
+
+    Args:
+        model: a model with a policy (`duohead.duo` or `duohead.enable`).
+        input_ids: new tokens [B, tokens]; they follow whatever the cache holds.
+        cache: where keys and values go.
+        attention_mask: [B, past + tokens], needed for left-padded rows.
+        chunk: tokens per forward, None for all at once.
+        progress: called with the number of tokens done after every chunk.
+        forward: runs a chunk, by default the model itself.
+
+    Returns:
+        Logits of the last token [B, vocabulary].
+
+    Raises:
+        ValueError: no tokens, a chunk below 1, or more tokens than the model has positions.
+    """
+    count = input_ids.shape[1]
+    if count == 0:
+        raise ValueError("input_ids must hold at least one token, got none")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    past = int(cache.get_seq_length())
+    check_positions(model, past + count)
+    step = chunk or count
+    logits = None
+    with torch.no_grad():
+        start = 0
+        while start < count:
+            # A single token counts as decoding, so it is no piece of its own where pieces are longer.
+            rest = count - start
+            stop = count if step > 1 and rest == step + 1 else start + min(step, rest)
+            mask = None if attention_mask is None else attention_mask[:, : past + stop]
+            extra = (
+                {}
+                if mask is None
+                else {"attention_mask": mask, "position_ids": _positions(mask, stop - start)}
+            )
+            logits = (forward or model)(
+                input_ids=input_ids[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **extra,
+            ).logits
+            if progress is not None:
+                progress(stop - start)
+            start = stop
+    assert logits is not None, "there is at least one chunk"
+    return logits[:, -1]
+
+
+def check_positions(model: Any, tokens: int) -> None:
+    """Raise ValueError if ``tokens`` exceed the positions that the model was made for."""
+    limit = getattr(text_config(unwrap(model)), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"prompt and new tokens must fit the model's {limit} positions, got {tokens}; shorten the prompt, "
+            f"or use a model with a longer context"
+        )
+
+
+def _positions(mask: Tensor, count: int) -> Tensor:
+    """Position ids [B, count] of the newest tokens, counted from each row's first real token."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]

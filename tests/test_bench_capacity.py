@@ -1,0 +1,175 @@
+"""`duohead bench capacity` and `duohead inspect --capacity`: what fits is estimated as it is allocated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from duohead import HeadPattern
+from duohead.bench import capacity
+from duohead.bench.capacity import (
+    RUNTIME_BYTES,
+    activation_bytes,
+    estimate,
+    measure_capacity,
+    tokens_within,
+)
+from duohead.bench.card import capacity_lines
+from duohead.bench.ceilings import Ceilings
+from duohead.bench.jobs import Job
+from duohead.bench.model import ModelBench
+from duohead.bench.models import build, config, estimated_weight_bytes
+from duohead.cache import DuoCache
+from duohead.cli import main
+
+CPU = torch.device("cpu")
+LIMITS = Ceilings(3000.0, "sum", 700.0, "bfloat16", 50 << 20)
+GIB = 2**30
+JOB = Job(
+    "decode", "duo", "llama-3-8b", 1, retrieval_dtype="int4", streaming_dtype="int4", weights="int8"
+)
+TINY = Job("decode", "duo", "tiny", 1, recent=32, retrieval_dtype="int4", streaming_dtype="int4")
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("free", [10**6, 123_456_789, 64 * GIB])
+def test_the_tokens_fit_and_one_more_does_not(ratio: float, free: int) -> None:
+    job = Job("decode", "duo", "llama-3-8b", 1, retrieval_ratio=ratio)
+    policy = job.policy().bind(config("llama-3-8b"), dtype=torch.bfloat16)
+    tokens = tokens_within(policy, free, batch=2)
+    assert policy.kv_bytes(tokens, 2) <= free < policy.kv_bytes(tokens + 1, 2)
+
+
+def test_without_retrieval_heads_any_length_fits() -> None:
+    job = Job("decode", "duo", "tiny", 1, retrieval_ratio=0.0)
+    policy = job.policy().bind(config("tiny"), dtype=torch.bfloat16)
+    assert tokens_within(policy, 10**9) == capacity.MOST_TOKENS
+
+
+def test_the_estimate_equals_what_is_allocated() -> None:
+    made = build("tiny", device=CPU)
+    memory = RUNTIME_BYTES + estimated_weight_bytes(made.config) + 30 * 2**20
+    found = estimate(made.config, TINY.policy(), memory_bytes=memory)
+    cache = DuoCache(TINY.policy(), made, max_length=found.tokens)
+    cache.allocate(1, dtype=torch.bfloat16, device=CPU)
+    assert cache.kv_bytes() == found.kv_bytes
+    parts = found.weight_bytes + found.kv_bytes + found.activation_bytes + found.runtime_bytes
+    assert 0 <= memory - parts < found.kv_bytes / 8
+
+
+def test_four_million_tokens_are_expected_on_an_80_gb_card() -> None:
+    found = estimate(
+        config("llama-3-8b"), JOB.policy(), memory_bytes=int(79.1 * GIB), weights="int8"
+    )
+    assert found.tokens > 4_000_000
+    parts = found.weight_bytes + found.kv_bytes + found.activation_bytes + found.runtime_bytes
+    assert parts <= found.memory_bytes
+
+
+def test_longer_forwards_leave_less_room() -> None:
+    made = config("llama-3-8b")
+    sizes = [activation_bytes(made, chunk=chunk) for chunk in (8192, 16384, 32768)]
+    assert sizes == sorted(sizes)
+    assert activation_bytes(made, chunk=1) == activation_bytes(made, chunk=4096)
+    assert activation_bytes(made, chunk=1, weights="int8") > activation_bytes(made, chunk=1)
+
+
+def test_a_card_that_is_too_small_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"--memory must exceed weights, activations and runtime \(.* GiB\), got 8"
+    ):
+        estimate(config("llama-3-8b"), JOB.policy(), memory_bytes=8 * GIB, weights="int8")
+
+
+def test_the_measurement_fills_and_decodes_and_reads_a_prompt() -> None:
+    memory = RUNTIME_BYTES + 2**20 * 90
+    bench = ModelBench(CPU, torch.bfloat16)
+    result = measure_capacity(bench, TINY, memory_bytes=memory, tokens=900, prefill=400)
+    numbers = result.numbers(LIMITS)
+    json.dumps(numbers, allow_nan=False)
+    assert numbers["tokens"] == 900
+    assert result.kv_bytes == result.policy.kv_bytes(900)
+    assert numbers["over_floor"] == pytest.approx(numbers["decode_median_ms"] / numbers["floor_ms"])
+    assert numbers["prefill_tokens"] == 400
+    assert numbers["prefill_seconds"] > 0 and numbers["prefill_decode_ms"] > 0
+    assert numbers["logits_error"] <= numbers["logits_error_budget"]
+    lines = capacity_lines(result, LIMITS)
+    assert "tokens estimated in" in lines[0]
+    assert "prefill of 400 tokens" in lines[-1]
+
+
+def test_too_little_memory_is_written_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(capacity, "EngineRunner", full)
+    memory = RUNTIME_BYTES + 2**20 * 30
+    result = measure_capacity(
+        ModelBench(CPU, torch.bfloat16), TINY, memory_bytes=memory, tokens=900
+    )
+    assert result.numbers(LIMITS)["decode_median_ms"] == "out of memory"
+    assert capacity_lines(result, LIMITS)[-1] == "at 900 tokens: out of memory"
+
+
+def test_the_command_measures_and_records(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "capacity.jsonl"
+    command = "bench capacity --tokens 700 --memory 1 --retrieval-dtype int4 --streaming-dtype int4 --device cpu"
+    assert main([*command.split(), "--dtype", "bfloat16", "--json", str(target)]) == 0
+    assert "at 700 tokens" in capsys.readouterr().out
+    (entry,) = [json.loads(line) for line in target.read_text().splitlines()]
+    assert (entry["op"], entry["shape"]["length"], entry["shape"]["model"]) == (
+        "capacity",
+        700,
+        "tiny",
+    )
+    assert entry["numbers"]["estimated_tokens"] > 700
+
+
+def test_inspect_says_what_fits_for_a_shape(capsys) -> None:
+    command = "inspect --capacity --model llama-3-8b --weights int8 --memory 79.1 --chunk 1"
+    stored = ["--retrieval-dtype", "int4", "--streaming-dtype", "int4"]
+    assert main([*command.split(), *stored, "--retrieval-ratio", "0.5"]) == 0
+    out = capsys.readouterr().out
+    found = estimate(
+        config("llama-3-8b"), JOB.policy(), memory_bytes=int(79.1 * GIB), weights="int8"
+    )
+    assert f"50.0%  {found.tokens:15,}" in out
+    assert f"int8 weights {capacity.gib(found.weight_bytes)}" in out
+    assert main([*command.split(), *stored]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "100.0%", "50.0%", "25.0%",
+    ]  # fmt: skip
+
+
+def test_inspect_says_what_fits_for_a_pattern(tmp_path: Path, capsys) -> None:
+    alpha = [[0.1, 0.9], [0.8, 0.2]]
+    HeadPattern.from_alpha(alpha).save(tmp_path / "heads")
+    command = ["inspect", str(tmp_path / "heads"), "--capacity", "--model", "tiny", "--memory", "1"]
+    assert main([*command, "--threshold", "0.5"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.split()[0] == "50.0%"
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("inspect", "FOLDER is needed"),
+        ("inspect --capacity", "--capacity needs --model"),
+        ("inspect --capacity --model tiny --memory 0", "--memory must be above 0 GiB, got 0.0"),
+        ("inspect --capacity --model tiny --memory 1 --chunk 0", "--chunk must be >= 1, got 0"),
+        ("inspect --capacity --model tiny --memory 1 --threshold 0.5", "--kv-budget and --threshold select heads"),
+        ("inspect --capacity --model tiny --memory 1 --weights fp4", "--weights must be one of bf16, int8, int4"),
+        ("inspect --capacity --model tiny --memory 1 --retrieval-dtype int3", "retrieval_dtype must be one of"),
+        ("inspect --capacity --model ./nowhere --memory 1", "--model must be llama-3-8b"),
+        ("bench capacity --tokens 0", "--tokens must be at least 1, got 0"),
+        ("bench capacity --prefill -1", "--prefill must be at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_one_line(capsys, command: str, message: str) -> None:
+    assert main(command.split()) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("duohead")]
+    assert len(lines) == 1
+    assert message in lines[0]

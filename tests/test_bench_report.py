@@ -1,0 +1,235 @@
+"""Pictures and tables from benchmark records: every point is a record, what ran out of memory is told."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duohead.bench.figures import figures, newest
+from duohead.bench.plots import write_page
+from duohead.cli import main
+
+K = 1024
+MACHINE = {"gpus": ["Test GPU 80GB"], "cpu": "c", "cores": 2}
+LIMITS = {"read_ceiling_gb_per_s": 3000.0, "matmul_ceiling_tflop_per_s": 700.0}
+
+
+def entry(op: str, impl: str, shape: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "op": op, "impl": impl, "shape": shape, "dtype": "bfloat16", "policy": "feed", "numbers": {**numbers, **LIMITS},
+        "hardware": MACHINE, "versions": {"torch": "2.11.0", "transformers": "5.17.0", "triton": None},
+        "commit": "abc", "time": "2026-11-21T06:00:00+00:00",
+    }  # fmt: skip
+
+
+def kernel(op: str, length: int, ms: float | str, **shape: Any) -> dict[str, Any]:
+    usual = {
+        "length": length, "heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 1, "sink": 64, "recent": 256,
+        "retrieval_ratio": 1.0, "queries": 1, "past": 0, "retrieval_dtype": "auto", "streaming_dtype": "auto",
+    }  # fmt: skip
+    name = op.rpartition(".")[2]
+    numbers: dict[str, Any] = {
+        f"{name}_median_ms": ms,
+        "sdpa_cudnn_median_ms": 0.2,
+        "flex_median_ms": 0.9,
+    }
+    if isinstance(ms, float):
+        numbers |= {
+            "speedup": 0.2 / ms, "fastest_baseline": "sdpa-cudnn", "share_of_read_ceiling": 0.9,
+            "read_gb_per_s": 2700.0, "share_of_matmul_ceiling": 0.5,
+        }  # fmt: skip
+    return entry(op, shape.pop("impl", "triton"), usual | shape, numbers)
+
+
+def model(measure: str, impl: str, length: int, ms: float | str, **shape: Any) -> dict[str, Any]:
+    usual = {
+        "model": "llama-3-8b", "length": length, "retrieval_ratio": 0.5 if impl == "duo" else 1.0, "sink": 64,
+        "recent": 256, "retrieval_dtype": "auto", "streaming_dtype": "auto", "batch": 1, "weights": "bf16",
+        "compile": "auto", "attention": "triton",
+    }  # fmt: skip
+    numbers: dict[str, Any] = {f"{measure}_median_ms": ms}
+    if not isinstance(ms, str):
+        numbers |= {"peak_bytes": 30 << 30, "weight_bytes": 16 << 30, "kv_bytes": 8 << 30}
+        if measure == "decode":
+            numbers |= {"floor_ms": 0.9 * ms, "over_floor": 1 / 0.9}
+    return entry(f"model.{measure}", impl, usual | shape, numbers)
+
+
+def records() -> list[dict[str, Any]]:
+    found = []
+    for length in (8 * K, 32 * K, 128 * K):
+        found += [
+            kernel("decode", length, length / 1e6),
+            kernel("decode", length, length / 2e6, retrieval_ratio=0.5),
+        ]
+        found.append(
+            kernel("decode", length, length / 2e6, retrieval_dtype="fp8", streaming_dtype="fp8")
+        )
+        found += [
+            kernel("prefill.streaming", length, length / 1e5, impl=impl, sink=128)
+            for impl in ("triton", "cute")
+        ]
+        found += [
+            model("decode", method, length, 10.0) for method in ("full", "duo", "transformers")
+        ]
+    found.append(model("decode", "full", 512 * K, "out of memory"))
+    found += [
+        model("decode", "duo", 128 * K, 5 + 10 * r, retrieval_ratio=r) for r in (0.0, 0.25, 0.75)
+    ]
+    for chunk in (10 * K, 100 * K):
+        found += [
+            model("prefill", method, 100 * K, 5000.0, chunk=chunk) for method in ("full", "duo")
+        ]
+    share = {"streaming_share": 0.04, "streaming_attention_ms": 4.0, "retrieval_attention_ms": 96.0}
+    found.append(
+        entry(
+            "model.share", "duo", {"model": "llama-3-8b", "length": 128 * K, "chunk": 32 * K}, share
+        )
+    )
+    numbers = {
+        "tokens": 4_200_000, "estimated_tokens": 4_200_000, "decode_median_ms": 30.0, "floor_ms": 26.0,
+        "over_floor": 30 / 26, "kv_bytes": 70 << 30, "weight_bytes": 8 << 30, "peak_bytes": 79 << 30,
+        "beyond_tokens": 4_326_000, "beyond": "out of memory", "prefill_tokens": 524288, "prefill_seconds": 90.0,
+        "prefill_decode_ms": 6.0,
+    }  # fmt: skip
+    shape = {"model": "llama-3-8b", "length": 4_200_000, "weights": "int8", "retrieval_dtype": "int4",
+             "streaming_dtype": "int4", "retrieval_ratio": 0.5}  # fmt: skip
+    found.append(entry("capacity", "duo", shape, numbers))
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in records()))
+    return path
+
+
+def test_every_point_of_a_picture_is_a_record() -> None:
+    found = {figure.name: figure for figure in figures(records())}
+    assert set(found) == {
+        "decode-kernels", "streaming-kernels", "decode-time-llama-3-8b", "decode-memory-llama-3-8b",
+        "prefill-llama-3-8b-102400", "ratio-llama-3-8b-131072",
+    }  # fmt: skip
+    kernels = found["decode-kernels"].series
+    assert set(kernels) == {"100% bf16", "50% bf16", "100% fp8"}
+    assert kernels["100% bf16"][8 * K] == pytest.approx(0.2 / (8 * K / 1e6))
+    time = found["decode-time-llama-3-8b"]
+    assert time.series["full"] == {8 * K: 10.0, 32 * K: 10.0, 128 * K: 10.0}
+    assert time.missing == ["full at 512K: out of memory"]
+    assert found["decode-memory-llama-3-8b"].series["duo"][8 * K] == 30.0
+    ratios = found["ratio-llama-3-8b-131072"].series["measured"]
+    assert sorted(ratios) == [0, 25, 50, 75, 100]
+    assert found["prefill-llama-3-8b-102400"].series["duo"] == {10 * K: 5.0, 100 * K: 5.0}
+
+
+def test_the_newest_record_of_a_shape_counts() -> None:
+    old, new = model("decode", "duo", 8 * K, 9.0), model("decode", "duo", 8 * K, 8.0)
+    other = model("decode", "duo", 8 * K, 7.0, batch=2)
+    assert newest([old, other, new], "model.decode") == [other, new]
+
+
+def test_machines_are_not_mixed() -> None:
+    here, there = model("decode", "duo", 8 * K, 9.0), model("decode", "duo", 16 * K, 8.0)
+    there["hardware"] = {**MACHINE, "gpus": ["Another GPU"]}
+    assert newest([here, there], "model.decode") == [there]
+    assert newest([there, here], "model.decode") == [here]
+
+
+def test_shapes_beside_the_table_do_not_mix_in() -> None:
+    lines = [
+        kernel("decode", 8 * K, 1.0),
+        kernel("decode", 32 * K, 1.0),
+        kernel("decode", 32 * K, 9.0, batch=8),
+    ]
+    (picture,) = figures(lines)
+    assert picture.series["100% bf16"][32 * K] == pytest.approx(0.2)
+
+
+def test_the_page_stands_alone_and_tells_what_ran_out_of_memory(file: Path, tmp_path: Path) -> None:
+    write_page(tmp_path / "bench.html", [file])
+    page = (tmp_path / "bench.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<svg") == 6
+    assert "full at 512K: out of memory" in page
+    assert "Test GPU 80GB" in page and "abc" in page
+    assert "nan" not in page.lower().replace("nance", "")
+
+
+def test_pictures_are_drawn(file: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    command = [
+        "bench",
+        "report",
+        str(file),
+        "--png",
+        str(tmp_path / "png"),
+        "--out",
+        str(tmp_path / "b.html"),
+    ]
+    assert main(command) == 0
+    assert "wrote" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert len(names) == 6
+    assert (tmp_path / "png" / names[0]).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("", ["--out", "x.html"], "no records; make some with --json"),
+        ("{}", [], "report needs --out FILE or --png FOLDER"),
+        (json.dumps(kernel("decode", 8 * K, 1.0)), ["--png", "p"], "no two points of one line"),
+        ("{", ["--out", "x.html"], "line 1: expected one JSON object"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    tmp_path: Path, capsys, monkeypatch, content: str, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.jsonl").write_text(content)
+    assert main(["bench", "report", "r.jsonl", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- the README's tables
+
+
+def readme(root: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("readme_tool", root / "tools" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_the_readme_come_from_records(root: Path, tmp_path: Path, monkeypatch) -> None:
+    tool = readme(root)
+    for name in ("kernels-h100", "model-h100", "capacity-h100"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in records())
+        )
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    decode = tool.decode_kernels()
+    assert "| 8K | 0.200 ms (cuDNN) | 0.008 ms, 90 % | 0.004 ms, 90 % |" in decode
+    assert "Test GPU 80GB; torch 2.11.0, transformers 5.17.0." in decode
+    streaming = tool.streaming_kernels()
+    assert streaming.splitlines()[2].startswith(
+        "| 8K | 0.200 ms (cuDNN) | 0.900 ms | 0.082 ms | 0.082 ms |"
+    )
+    steps = tool.model_decode()
+    assert "| Llama-3-8B, 512K |  | out of memory |  |  |" in steps
+    assert "Llama-3-8B, 100K in 10K chunks" in tool.model_prefill()
+    room = tool.capacity()
+    assert "4,200,000" in room and "out of memory" in room
+
+
+def test_a_table_without_records_is_no_table(root: Path, tmp_path: Path, monkeypatch) -> None:
+    tool = readme(root)
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    assert tool.tables() == {}
+    assert set(tool.TABLES) >= {"needles", "prefill"}
