@@ -59,7 +59,7 @@ def views(length: int, **fields) -> tuple[Inputs, list[HeadView]]:
 
 def test_an_unknown_implementation_is_refused() -> None:
     x, seen = views(3)
-    names = "auto, reference, tiled, triton, cute"
+    names = "auto, reference, tiled, triton, hopper, cute"
     with pytest.raises(ValueError, match=f"impl must be one of {names}, got 'flash'"):
         attention.prefill(x.query, seen, scale=1.0, impl="flash")
     with pytest.raises(ValueError, match=f"impl must be one of {names}, got 'flash'"):

@@ -19,13 +19,16 @@ from torch import Tensor
 from duohead.cache.view import HeadView
 
 logger = logging.getLogger(__name__)
-IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton", "cute")
-# The kernels of each implementation, the one to prefer first.
+IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton", "hopper", "cute")
+# The prefill kernels of each implementation, the one to prefer first.
 KERNELS = {
     "triton": ("triton_prefill",),
-    "cute": ("hopper_streaming", "cute_prefill"),
+    "hopper": ("hopper_band", "triton_prefill"),
+    "cute": ("hopper_band", "cute_prefill"),
 }
+BEST_FIRST = ("cute", "hopper", "triton")
 FLASH_ATTENTION = "flash_attn.cute"
+CUDA_BINDINGS = "cuda.bindings.nvrtc"
 
 
 class Kernel(Protocol):
@@ -124,7 +127,7 @@ def _best(device: str) -> str:
     # The interpreter is for tests, which ask for it by name.
     if device == "cpu":
         return "tiled"
-    return next((name for name in ("cute", "triton") if _missing(name, device) is None), "tiled")
+    return next((name for name in BEST_FIRST if _missing(name, device) is None), "tiled")
 
 
 @torch.compiler.assume_constant_result
@@ -140,13 +143,18 @@ def _missing(name: str, device: str) -> str | None:
         return "the tensors are on the CPU; move the model to a GPU, or use impl='tiled'"
     if device != "cuda":
         return f"there are no kernels for {device!r}; use impl='tiled'"
-    if name == "cute":
-        if torch.version.hip or torch.cuda.get_device_capability()[0] < 9:
-            return "it needs a Hopper or Blackwell GPU; use impl='triton'"
-        if not _installed(FLASH_ATTENTION):
-            return (
-                "flash-attn-4 is not installed; pip install 'duohead[cuda]', or use impl='triton'"
-            )
+    if name == "triton":
+        return None
+    major = 0 if torch.version.hip else torch.cuda.get_device_capability()[0]
+    if name == "hopper":
+        if major != 9:
+            return "it needs a Hopper GPU; use impl='triton'"
+        if not _installed(CUDA_BINDINGS):
+            return "cuda-bindings is not installed; pip install cuda-bindings, or use impl='triton'"
+    elif major not in (9, 10):
+        return "it needs a Hopper or Blackwell data-center GPU; use impl='triton'"
+    elif not _installed(FLASH_ATTENTION):
+        return "flash-attn-4 is not installed; pip install 'duohead[cuda]', or use impl='triton'"
     return None
 
 

@@ -1,0 +1,307 @@
+"""The Hopper kernel for streaming heads: its arithmetic on the CPU, what it is given, and on a GPU its results."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Inputs, hold, inputs, make_policy, split
+from torch import Tensor
+
+from duohead.attention import hopper_band
+from duohead.cache import DuoLayer
+from duohead.cache.direct import direct_views
+from duohead.policy import HeadPolicy
+
+UNIT = hopper_band.UNIT
+HARNESS = """
+#include <algorithm>
+using std::min; using std::max; using u32 = unsigned int;
+#define __device__
+#define __forceinline__ inline
+inline int load(const int* p) { return *p; }
+constexpr int TW = 64 / R, TT = 2 * TW, UNIT = 16, UB = BN / UNIT;
+@part@
+// What the rows of one tile see and where it comes from: origin[unit], seen[row][key of the tile], full[unit].
+extern "C" int plan(int number, const Numbers* n, const int* facts, int* place, int* origin, char* seen, char* full) {
+  Tile tile;
+  tile.set(number, *n, facts);
+  place[0] = tile.token; place[1] = tile.group; place[2] = tile.row; place[3] = tile.blocks; place[4] = tile.band_units;
+  for (int unit = 0; unit < tile.units; ++unit) origin[unit] = tile.origin(unit);
+  int start = facts[2 * tile.row + 1], width = tile.blocks * BN;
+  for (int token = 0; token < TT; ++token) {
+    Row row;
+    row.set(tile, tile.token + token, *n, start);
+    for (int at = 0; at < width; ++at) seen[token * width + at] = row.sees(at);
+  }
+  Row all = common(tile, *n, start);
+  for (int unit = 0; unit < width / UNIT; ++unit) full[unit] = all.sees_all(unit * UNIT, UNIT);
+  return tile.units;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def arithmetic(tmp_path_factory: pytest.TempPathFactory):
+    """The kernel's own arithmetic for a group and a block size, as a function for the CPU."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    text = (Path(hopper_band.__file__).parent / "hopper_band.cu").read_text(encoding="utf-8")
+    part = text.split("// @tiles")[1].split("\n", 1)[1].split("// @end of tiles")[0]
+    folder = tmp_path_factory.mktemp("band")
+
+    def build(group: int, block: int):
+        (folder / "plan.cpp").write_text(HARNESS.replace("@part@", part))
+        library = folder / f"plan{group}_{block}.so"
+        command = [compiler, "-O1", "-shared", "-fPIC", f"-DR={group}", f"-DBN={block}"]
+        subprocess.run([*command, "-o", library, folder / "plan.cpp"], check=True)
+        return ctypes.CDLL(str(library)).plan
+
+    return build
+
+
+def check_tiles(
+    plan, numbers: hopper_band._Numbers, facts: list[int], group: int, block: int
+) -> None:
+    """Every row of every tile sees each key that it must see once, and none that it must not."""
+    facts_c = (ctypes.c_int * len(facts))(*facts)
+    tokens = 2 * (64 // group)
+    met = set()
+    for number in range(numbers.tiles * numbers.kv_heads * numbers.rows):
+        place, origin = (ctypes.c_int * 5)(), (ctypes.c_int * 4096)()
+        seen, full = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(4096)
+        units = plan(number, ctypes.byref(numbers), facts_c, place, origin, seen, full)
+        token, kv_head, row, blocks, band_units = place
+        met.add((token, kv_head, row))
+        low, start = facts[2 * row : 2 * row + 2]
+        width = blocks * block
+        found = torch.frombuffer(bytearray(seen.raw[: tokens * width]), dtype=torch.uint8)
+        found = found.reshape(tokens, width).bool()
+        keys = torch.tensor(origin[:units])[:, None] + torch.arange(UNIT)
+        is_sink = (torch.arange(units) >= band_units)[:, None].expand(-1, UNIT).flatten()
+        keys = torch.cat([keys.flatten(), torch.full((width - units * UNIT,), -(1 << 30))])
+        is_sink = torch.cat([is_sink, torch.zeros(width - units * UNIT, dtype=torch.bool)])
+        assert not found[:, units * UNIT :].any(), "nothing beyond what was fetched"
+        assert int(keys[: band_units * UNIT].min()) >= -numbers.ring
+        own = (torch.arange(tokens) + token + numbers.keys - numbers.queries)[:, None]
+        position = (torch.arange(tokens) + token + start)[:, None]
+        must = torch.where(
+            is_sink,
+            (keys < numbers.sinks) & (keys <= position),
+            (keys <= own) & (keys > own - numbers.reach) & (keys >= low),
+        )
+        assert torch.equal(found, must)
+        # Each visible key is there once: as many as the definition has.
+        band = own[:, 0] - torch.maximum(own[:, 0] - numbers.reach, torch.tensor(low - 1))
+        sinks = position[:, 0].add(1).clamp(0, numbers.sinks)
+        assert torch.equal(found.sum(1), band.clamp(min=0) + sinks)
+        for index in range(width // UNIT):
+            if full.raw[index]:
+                assert found[:, index * UNIT : (index + 1) * UNIT].all()
+    tiles = range(0, numbers.queries, tokens)
+    assert met == set(itertools.product(tiles, range(numbers.kv_heads), range(numbers.rows)))
+
+
+@pytest.mark.parametrize(("group", "block"), [(4, 144), (1, 128), (7, 96), (64, 160)])
+def test_every_row_sees_what_it_must_and_nothing_else(arithmetic, group: int, block: int) -> None:
+    plan = arithmetic(group, block)
+    tokens = 2 * (64 // group)
+    for sinks, reach, queries in itertools.product((0, 4, 128), (1, 63, 256), (1, 150)):
+        tiles = -(-queries // tokens)
+        for more in (0, 5):
+            # Rows: at the start of a text, with padding, beyond a ring; tiles in both orders.
+            facts = [
+                sinks,
+                0,
+                queries // 2 + sinks,
+                -(queries // 2),
+                -37,
+                1000,
+                queries + more,
+                -queries,
+            ]
+            numbers = hopper_band._Numbers(
+                queries, queries + more, sinks, reach, 48, 2, 4, tiles, more > 0, 1.0
+            )
+            check_tiles(plan, numbers, facts, group, block)
+
+
+def test_most_of_a_long_text_needs_no_mask(arithmetic) -> None:
+    plan = arithmetic(4, 144)
+    numbers = hopper_band._Numbers(4096, 4096, 128, 256, 0, 1, 1, 128, 0, 1.0)
+    facts = (ctypes.c_int * 2)(128, 0)
+    place, origin = (ctypes.c_int * 5)(), (ctypes.c_int * 4096)()
+    seen, full = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(64)
+    units = plan(100, ctypes.byref(numbers), facts, place, origin, seen, full)
+    assert units == (32 + 256 + 128) // UNIT
+    # The oldest 32 keys of the band, the tile's own 32 and what the last block has beyond the sinks.
+    assert list(full.raw[:27]) == [0] * 2 + [1] * 14 + [0] * 2 + [1] * 8 + [0]
+
+
+def test_the_block_size_wastes_little() -> None:
+    x = inputs(600, kv_heads=1, groups=4, dim=128)
+    for sink, recent in ((128, 256), (64, 256), (0, 1024), (4, 8192)):
+        policy = make_policy("none", 1, sink=sink, recent=recent)
+        (view,) = direct_views(policy, 0, x.keys, x.values, queries=600, mask=None)
+        for group in (1, 4, 7, 8):
+            reads = hopper_band.gather(view, 600)
+            block = hopper_band.block_for(reads, group, 128)
+            tokens = 2 * (64 // group)
+            keys = -(-(tokens + recent - 1) // UNIT) * UNIT + -(-sink // UNIT) * UNIT
+            assert -(-keys // block) * block <= 1.2 * keys + UNIT
+            shape = hopper_band.Shape(128, group, block, False)
+            assert shape.shared_bytes <= 227 * 1024
+
+
+def test_the_ring_comes_in_order_and_the_facts_name_its_first_token() -> None:
+    policy = make_policy("none", 1, sink=2, recent=20)
+    x = inputs(60, kv_heads=1, dim=8)
+    layer = DuoLayer(policy, 0)
+    for part in (slice(0, 50), slice(50, 60)):
+        handle, _ = layer.update(x.keys[:, :, part], x.values[:, :, part])
+        (view,) = handle.open(None)
+        if part.start == 0:
+            handle.commit()
+    reads = hopper_band.gather(view, 10)
+    held = view.past[0].position.shape[1]
+    assert reads.ring[0].shape[2] % UNIT == 0
+    torch.testing.assert_close(reads.ring[0][:, :, -held:], x.keys[:, :, 50 - held : 50])
+    torch.testing.assert_close(reads.ring[1][:, :, -held:], x.values[:, :, 50 - held : 50])
+    torch.testing.assert_close(reads.sinks[0], x.keys[:, :, :2])
+    assert reads.facts.tolist() == [[-held, 50]]
+
+
+def test_padding_and_sinks_are_no_part_of_the_band() -> None:
+    policy = make_policy("none", 1, sink=4, recent=20)
+    x = inputs(40, kv_heads=1, dim=8, padding=(0, 7, 38))
+    (view,) = direct_views(policy, 0, x.keys, x.values, queries=40, mask=x.mask)
+    reads = hopper_band.gather(view, 40)
+    assert reads.facts.tolist() == [[4, 0], [11, -7], [40, -38]]
+    assert reads.ring is None
+
+
+def view_of(
+    dtype: torch.dtype = torch.bfloat16, dim: int = 64, window: int | None = None, **fields
+):
+    policy = HeadPolicy.from_heads(retrieval=[[]], num_kv_heads=2, sink=4, recent=8, **fields)
+    x = inputs(8, kv_heads=2, dim=dim, dtype=dtype)
+    view = direct_views(policy, 0, x.keys, x.values, queries=8, mask=None)[0]
+    return x, view
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "reason"),
+    [
+        ({"dtype": torch.float32}, {}, "fp16 and bf16"),
+        ({"dim": 96}, {}, "one of \\[64, 128\\]"),
+        ({"visibility": "chunk"}, {}, "visibility='chunk'"),
+        ({}, {"softcap": 3.0}, "does not cap"),
+    ],
+)
+def test_calls_that_the_kernel_does_not_do_are_refused(fields, options, reason: str) -> None:
+    x, view = view_of(**fields)
+    with pytest.raises(ValueError, match=reason):
+        hopper_band.attend(
+            x.query, view, torch.empty(1, 8, 2, x.query.shape[-1]), scale=1.0, **options
+        )
+
+
+def test_heads_that_see_everything_are_refused() -> None:
+    policy = make_policy("all", 2)
+    x = inputs(8, kv_heads=2, dim=64, dtype=torch.bfloat16)
+    (view,) = direct_views(policy, 0, x.keys, x.values, queries=8, mask=None)
+    assert "everything" in hopper_band.unfit(x.query, view, softcap=None, sink_logits=None)
+
+
+def test_gradients_and_cpus_are_refused() -> None:
+    x, view = view_of()
+    assert "Hopper" in hopper_band.supports(x.query, view)
+    query = x.query.requires_grad_()
+    assert "no_grad" in hopper_band.unfit(query, view, softcap=None, sink_logits=None)
+
+
+def test_the_source_is_complete_for_every_shape() -> None:
+    for dim, group in ((64, 1), (128, 7)):
+        text = hopper_band.source(hopper_band.Shape(dim, group, 96, True))
+        assert "@instructions@" not in text
+        assert f"m64n{dim}k16.f32.f16.f16" in text
+        assert "m64n96k16.f32.f16.f16" in text
+
+
+@pytest.fixture
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
+def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
+    """Outputs of the streaming heads, chunk by chunk through one cache layer; the other heads stay NaN."""
+    layer, start, outs = DuoLayer(policy, 0), 0, []
+    mask = None if x.mask is None else x.mask.cuda()
+    query, keys, values = (t.cuda() for t in (x.query, x.keys, x.values))
+    for count in chunks:
+        part = slice(start, start + count)
+        handle, _ = layer.update(keys[:, :, part], values[:, :, part])
+        out = query.new_full((query.shape[0], count, *query.shape[1::2]), torch.nan)
+        for view in handle.open(None if mask is None else mask[:, : start + count]):
+            if not view.retrieval:
+                hopper_band.attend(
+                    query[:, :, part], view, out, scale=query.shape[-1] ** -0.5,
+                    kv_heads=keys.shape[1], **options,
+                )  # fmt: skip
+        handle.commit()
+        outs.append(out)
+        start += count
+    return torch.cat(outs, 1).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [None, (0, 77, 1500)], ids=["plain", "padded"])
+@pytest.mark.parametrize("chunk", [33, 1000, None])
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype"),
+    [
+        (1, 128, torch.bfloat16),
+        (4, 128, torch.bfloat16),
+        (4, 64, torch.float16),
+        (7, 128, torch.float16),
+        (8, 64, torch.bfloat16),
+        (3, 128, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(("sink", "recent"), [(4, 63), (128, 256), (0, 1), (200, 1000)])
+def test_the_kernel_keeps_the_error_budget(
+    hopper, sink: int, recent: int, group: int, dim: int, dtype, chunk, padding
+) -> None:
+    policy = make_policy("none", 2, sink=sink, recent=recent)
+    length = 300 if chunk == 33 else 1700
+    if chunk == 33 and padding:
+        padding = (0, 77, 290)
+    x = inputs(length, kv_heads=2, groups=group, dim=dim, padding=padding, dtype=dtype)
+    hold(on_gpu(policy, x, split(length, chunk)), policy, x)
+
+
+@pytest.mark.gpu
+def test_sink_logits_take_their_share_and_other_heads_stay(hopper) -> None:
+    policy = make_policy("none", 2, sink=4, recent=63)
+    x = inputs(700, kv_heads=2, groups=4, dim=128, dtype=torch.bfloat16)
+    logits = torch.randn(8)
+    got = on_gpu(policy, x, [300, 400], sink_logits=logits.cuda())
+    hold(got, policy, x, sink_logits=logits)
+    mixed = make_policy("alternating", 4, sink=4, recent=63)
+    x = inputs(700, kv_heads=4, groups=4, dim=128, dtype=torch.bfloat16)
+    got = on_gpu(mixed, x, [700]).unflatten(2, (4, 4))
+    assert got[:, :, ::2].isnan().all()
+    assert got[:, :, 1::2].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_large_scores_stay_finite(hopper) -> None:
+    policy = make_policy("none", 2, sink=64, recent=256)
+    x = inputs(900, kv_heads=2, groups=4, dim=128, dtype=torch.bfloat16)
+    x = Inputs(x.query * 40, x.keys, x.values)
+    hold(on_gpu(policy, x, [900]), policy, x)
