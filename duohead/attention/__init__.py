@@ -1,9 +1,9 @@
 """Attention under a policy: `prefill` over whatever each head can see, `decode` over what is stored.
 
 ``impl`` names the machinery: "reference" (dense and readable), "tiled" (portable, PyTorch only), "triton" (own kernels
-for any GPU that Triton knows), "hopper" (the same, with an own CUDA kernel for the streaming heads of a prefill), "cute"
-(flash-attn-4 for the retrieval heads of a prefill, streaming heads as "hopper" on Hopper), or "auto": the last of these
-that the machine has, logged once. An explicit request is met or raises; it never falls back.
+for any GPU that Triton knows), "hopper" (the same for decode, an own CUDA kernel for prefill), "cute" (as "hopper", but
+flash-attn-4 for the retrieval heads of a prefill), or "auto": the last of these that the machine has, logged once. An
+explicit request is met or raises; it never falls back.
 
 Shape letters: B rows, H query heads, Q query tokens, D head size.
 """

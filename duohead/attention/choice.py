@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,20 @@ from duohead.cache.view import HeadView
 
 logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton", "hopper", "cute")
-# The prefill kernels of each implementation, the one to prefer first.
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The modules of one implementation whose prefill kernels take a band, or every token; the best comes first."""
+
+    band: tuple[str, ...]
+    full: tuple[str, ...]
+
+
 KERNELS = {
-    "triton": ("triton_prefill",),
-    "hopper": ("hopper_band", "triton_prefill"),
-    "cute": ("hopper_band", "cute_prefill"),
+    "triton": Kernels(band=("triton_prefill",), full=("triton_prefill",)),
+    "hopper": Kernels(band=("hopper_prefill",), full=("hopper_prefill",)),
+    "cute": Kernels(band=("hopper_prefill", "triton_prefill"), full=("cute_prefill",)),
 }
 BEST_FIRST = ("cute", "hopper", "triton")
 FLASH_ATTENTION = "flash_attn.cute"
@@ -91,9 +101,10 @@ def kernel_for(
     Raises:
         ValueError: an explicit ``impl`` whose kernels cannot do this; the message says why.
     """
-    modules = KERNELS[name]
-    if impl == "auto" and name == "cute":
-        modules += KERNELS["triton"]
+    kernels = KERNELS[name]
+    modules = kernels.full if view.reach is None else kernels.band
+    if impl == "auto":
+        modules = tuple(dict.fromkeys((*modules, *KERNELS["triton"].full)))
     reasons = []
     for module in modules:
         kernel: Kernel = _module(module)

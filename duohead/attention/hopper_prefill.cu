@@ -1,4 +1,4 @@
-// Attention of heads that see sinks and a band, for Hopper: see duohead/attention/hopper_band.py, which completes this
+// Attention of heads that see sinks and a band, for Hopper: see duohead/attention/hopper_launch.py, which completes this
 // source with the constants D (head size), R (query heads per KV head), BN (keys of a block), HALF16 (0: bf16, 1: fp16)
 // and with the two matrix instructions qk_mma and pv_mma for these sizes, and compiles it at run time.
 //
@@ -105,7 +105,7 @@ __device__ __forceinline__ void pv_mma(float (&o)[D / 2], const u32 (&p)[BN / 4]
 
 // @tiles: from here to the next mark there is nothing but arithmetic, which a test compiles for the CPU.
 struct Numbers {
-  int queries, keys, sinks, reach, ring, kv_heads, rows, tiles, longest_first;
+  int queries, keys, sinks, reach, ring, kv_heads, rows, tiles, section;
   float scale_log2;
 };
 
@@ -118,14 +118,13 @@ struct Tile {
   int band_units, units, blocks;
 
   __device__ __forceinline__ void set(int number, const Numbers& n, const int* facts) {
-    int tile, head;
-    if (n.longest_first) {
-      int all = n.kv_heads * n.rows;
-      tile = n.tiles - 1 - number / all;
-      head = number % all;
-    } else {
-      tile = number % n.tiles;
-      head = number / n.tiles;
+    // In sections of heads, each from its longest tiles on, or head by head along the text.
+    int tile = number % n.tiles, head = number / n.tiles;
+    if (n.section) {
+      int before = number / (n.section * n.tiles) * n.section, within = number - before * n.tiles;
+      int heads = min(n.section, n.kv_heads * n.rows - before);
+      tile = n.tiles - 1 - within / heads;
+      head = before + within % heads;
     }
     token = tile * TT;
     group = head % n.kv_heads;

@@ -1,4 +1,4 @@
-"""The Hopper kernel for streaming heads: its arithmetic on the CPU, what it is given, and on a GPU its results."""
+"""The own Hopper kernel: its arithmetic on the CPU, what it is given, and on a GPU its results."""
 
 import ctypes
 import itertools
@@ -11,12 +11,12 @@ import torch
 from oracle import Inputs, hold, inputs, make_policy, split
 from torch import Tensor
 
-from duohead.attention import hopper_band
+from duohead.attention import hopper_launch, hopper_prefill
 from duohead.cache import DuoLayer
 from duohead.cache.direct import direct_views
 from duohead.policy import HeadPolicy
 
-UNIT = hopper_band.UNIT
+UNIT = hopper_launch.UNIT
 HARNESS = """
 #include <algorithm>
 using std::min; using std::max; using u32 = unsigned int;
@@ -50,7 +50,7 @@ def arithmetic(tmp_path_factory: pytest.TempPathFactory):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    text = (Path(hopper_band.__file__).parent / "hopper_band.cu").read_text(encoding="utf-8")
+    text = (Path(hopper_prefill.__file__).parent / "hopper_prefill.cu").read_text(encoding="utf-8")
     part = text.split("// @tiles")[1].split("\n", 1)[1].split("// @end of tiles")[0]
     folder = tmp_path_factory.mktemp("band")
 
@@ -65,7 +65,7 @@ def arithmetic(tmp_path_factory: pytest.TempPathFactory):
 
 
 def check_tiles(
-    plan, numbers: hopper_band._Numbers, facts: list[int], group: int, block: int
+    plan, numbers: hopper_launch._Numbers, facts: list[int], group: int, block: int
 ) -> None:
     """Every row of every tile sees each key that it must see once, and none that it must not."""
     facts_c = (ctypes.c_int * len(facts))(*facts)
@@ -124,15 +124,15 @@ def test_every_row_sees_what_it_must_and_nothing_else(arithmetic, group: int, bl
                 queries + more,
                 -queries,
             ]
-            numbers = hopper_band._Numbers(
-                queries, queries + more, sinks, reach, 48, 2, 4, tiles, more > 0, 1.0
+            numbers = hopper_launch._Numbers(
+                queries, queries + more, sinks, reach, 48, 2, 4, tiles, 3 if more else 0, 1.0
             )
             check_tiles(plan, numbers, facts, group, block)
 
 
 def test_most_of_a_long_text_needs_no_mask(arithmetic) -> None:
     plan = arithmetic(4, 144)
-    numbers = hopper_band._Numbers(4096, 4096, 128, 256, 0, 1, 1, 128, 0, 1.0)
+    numbers = hopper_launch._Numbers(4096, 4096, 128, 256, 0, 1, 1, 128, 0, 1.0)
     facts = (ctypes.c_int * 2)(128, 0)
     place, origin = (ctypes.c_int * 5)(), (ctypes.c_int * 4096)()
     seen, full = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(64)
@@ -148,12 +148,12 @@ def test_the_block_size_wastes_little() -> None:
         policy = make_policy("none", 1, sink=sink, recent=recent)
         (view,) = direct_views(policy, 0, x.keys, x.values, queries=600, mask=None)
         for group in (1, 4, 7, 8):
-            reads = hopper_band.gather(view, 600)
-            block = hopper_band.block_for(reads, group, 128)
+            reads = hopper_prefill.gather(view, 600)
+            block = hopper_prefill.block_for(reads, group, 128)
             tokens = 2 * (64 // group)
             keys = -(-(tokens + recent - 1) // UNIT) * UNIT + -(-sink // UNIT) * UNIT
             assert -(-keys // block) * block <= 1.2 * keys + UNIT
-            shape = hopper_band.Shape(128, group, block, False)
+            shape = hopper_launch.Shape(128, group, block, False)
             assert shape.shared_bytes <= 227 * 1024
 
 
@@ -166,7 +166,7 @@ def test_the_ring_comes_in_order_and_the_facts_name_its_first_token() -> None:
         (view,) = handle.open(None)
         if part.start == 0:
             handle.commit()
-    reads = hopper_band.gather(view, 10)
+    reads = hopper_prefill.gather(view, 10)
     held = view.past[0].position.shape[1]
     assert reads.ring[0].shape[2] % UNIT == 0
     torch.testing.assert_close(reads.ring[0][:, :, -held:], x.keys[:, :, 50 - held : 50])
@@ -179,7 +179,7 @@ def test_padding_and_sinks_are_no_part_of_the_band() -> None:
     policy = make_policy("none", 1, sink=4, recent=20)
     x = inputs(40, kv_heads=1, dim=8, padding=(0, 7, 38))
     (view,) = direct_views(policy, 0, x.keys, x.values, queries=40, mask=x.mask)
-    reads = hopper_band.gather(view, 40)
+    reads = hopper_prefill.gather(view, 40)
     assert reads.facts.tolist() == [[4, 0], [11, -7], [40, -38]]
     assert reads.ring is None
 
@@ -205,28 +205,58 @@ def view_of(
 def test_calls_that_the_kernel_does_not_do_are_refused(fields, options, reason: str) -> None:
     x, view = view_of(**fields)
     with pytest.raises(ValueError, match=reason):
-        hopper_band.attend(
+        hopper_prefill.attend(
             x.query, view, torch.empty(1, 8, 2, x.query.shape[-1]), scale=1.0, **options
         )
 
 
-def test_heads_that_see_everything_are_refused() -> None:
-    policy = make_policy("all", 2)
-    x = inputs(8, kv_heads=2, dim=64, dtype=torch.bfloat16)
-    (view,) = direct_views(policy, 0, x.keys, x.values, queries=8, mask=None)
-    assert "everything" in hopper_band.unfit(x.query, view, softcap=None, sink_logits=None)
+def test_retrieval_heads_read_storage_in_place_or_a_decoded_past_in_order() -> None:
+    for dtype in ("auto", "int8"):
+        policy = make_policy("all", 1, retrieval_dtype=dtype)
+        x = inputs(60, kv_heads=1, dim=8, padding=(0, 7, 55))
+        layer = DuoLayer(policy, 0)
+        for part in (slice(0, 50), slice(50, 60)):
+            handle, _ = layer.update(x.keys[:, :, part], x.values[:, :, part])
+            (view,) = handle.open(x.mask[:, : part.stop])
+            handle.commit()
+        reads = hopper_prefill.gather(view, 10)
+        assert reads.sinks is None
+        assert reads.reach == hopper_launch.EVERYTHING
+        if dtype == "auto":
+            assert reads.ring is None
+            assert reads.new[0].data_ptr() == view.whole[0].data_ptr()
+            assert reads.facts.tolist() == [[0, 50], [7, 43], [55, -5]]
+        else:
+            assert reads.ring[0].shape[2] == 64
+            assert torch.equal(reads.ring[0][:, :, 14:], view.past[0].read()[0])
+            assert not reads.ring[0][:, :, :14].any()
+            assert reads.facts.tolist() == [[-50, 50], [-43, 43], [5, -5]]
+
+
+def test_a_past_that_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("all", 1, retrieval_dtype="int8")
+    x = inputs(60, kv_heads=1, dim=64, dtype=torch.bfloat16)
+    layer = DuoLayer(policy, 0)
+    for part in (slice(0, 50), slice(50, 60)):
+        handle, _ = layer.update(x.keys[:, :, part], x.values[:, :, part])
+        (view,) = handle.open(None)
+        handle.commit()
+    options = {"softcap": None, "sink_logits": None}
+    assert hopper_prefill.unfit(x.query[:, :, 50:], view, **options) is None
+    monkeypatch.setattr(hopper_prefill, "PAST_BYTES", 50 * 2 * 64 * 2 - 1)
+    assert "decoded" in hopper_prefill.unfit(x.query[:, :, 50:], view, **options)
 
 
 def test_gradients_and_cpus_are_refused() -> None:
     x, view = view_of()
-    assert "Hopper" in hopper_band.supports(x.query, view)
+    assert "Hopper" in hopper_prefill.supports(x.query, view)
     query = x.query.requires_grad_()
-    assert "no_grad" in hopper_band.unfit(query, view, softcap=None, sink_logits=None)
+    assert "no_grad" in hopper_prefill.unfit(query, view, softcap=None, sink_logits=None)
 
 
 def test_the_source_is_complete_for_every_shape() -> None:
     for dim, group in ((64, 1), (128, 7)):
-        text = hopper_band.source(hopper_band.Shape(dim, group, 96, True))
+        text = hopper_launch.source(hopper_launch.Shape(dim, group, 96, True))
         assert "@instructions@" not in text
         assert f"m64n{dim}k16.f32.f16.f16" in text
         assert "m64n96k16.f32.f16.f16" in text
@@ -239,8 +269,9 @@ def hopper() -> None:
 
 
 def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
-    """Outputs of the streaming heads, chunk by chunk through one cache layer; the other heads stay NaN."""
-    layer, start, outs = DuoLayer(policy, 0), 0, []
+    """Outputs chunk by chunk through one cache layer; with ``only``, those of one kind, the other heads stay NaN."""
+    only, max_length = options.pop("only", None), options.pop("max_length", None)
+    layer, start, outs = DuoLayer(policy, 0, max_length=max_length), 0, []
     mask = None if x.mask is None else x.mask.cuda()
     query, keys, values = (t.cuda() for t in (x.query, x.keys, x.values))
     for count in chunks:
@@ -248,8 +279,8 @@ def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
         handle, _ = layer.update(keys[:, :, part], values[:, :, part])
         out = query.new_full((query.shape[0], count, *query.shape[1::2]), torch.nan)
         for view in handle.open(None if mask is None else mask[:, : start + count]):
-            if not view.retrieval:
-                hopper_band.attend(
+            if only is None or view.retrieval == (only == "retrieval"):
+                hopper_prefill.attend(
                     query[:, :, part], view, out, scale=query.shape[-1] ** -0.5,
                     kv_heads=keys.shape[1], **options,
                 )  # fmt: skip
@@ -277,7 +308,7 @@ def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
 def test_the_kernel_keeps_the_error_budget(
     hopper, sink: int, recent: int, group: int, dim: int, dtype, chunk, padding
 ) -> None:
-    policy = make_policy("none", 2, sink=sink, recent=recent)
+    policy = make_policy("alternating", 2, sink=sink, recent=recent)
     length = 300 if chunk == 33 else 1700
     if chunk == 33 and padding:
         padding = (0, 77, 290)
@@ -294,9 +325,18 @@ def test_sink_logits_take_their_share_and_other_heads_stay(hopper) -> None:
     hold(got, policy, x, sink_logits=logits)
     mixed = make_policy("alternating", 4, sink=4, recent=63)
     x = inputs(700, kv_heads=4, groups=4, dim=128, dtype=torch.bfloat16)
-    got = on_gpu(mixed, x, [700]).unflatten(2, (4, 4))
+    got = on_gpu(mixed, x, [700], only="streaming").unflatten(2, (4, 4))
     assert got[:, :, ::2].isnan().all()
     assert got[:, :, 1::2].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("max_length", [None, 4096])
+def test_retrieval_heads_read_any_store(hopper, name: str, max_length: int | None) -> None:
+    policy = make_policy("alternating", 4, retrieval_dtype=name, sink=64, recent=256)
+    x = inputs(3000, kv_heads=4, groups=4, dim=128, padding=(0, 1100), dtype=torch.bfloat16)
+    hold(on_gpu(policy, x, [1700, 800, 500], max_length=max_length), policy, x)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,11 @@
-"""Streaming prefill on Hopper: the own kernel of `hopper_band.cu`, its compilation and its launch.
+"""Compilation and launch of `hopper_prefill.cu`, the own prefill kernel for Hopper.
 
-A tile of queries reads nothing but its sinks and its band, a block of keys at a time, so
-the time is linear in the length and close to what the tensor cores allow. NVRTC compiles the kernel for a head size, a
-group and a block size when it is first needed (about a second); `cuda-bindings`, which CUDA builds of torch bring,
-launches it.
-Use `attend(query, view, out, scale=..., kv_heads=...)` after `supports` has said that it can.
+NVRTC compiles it when a shape is first needed, which takes about a second; `cuda-bindings`, which CUDA builds of torch
+bring, calls the driver. Tensors are described to the copy engine by tensor maps, which are kept for the addresses seen
+last. Use `launch(shape, query, reads, out, ...)`; `duohead.attention.hopper_prefill` decides what a call reads.
 
 Shape letters: B rows, H query heads, G KV heads of one kind, R query heads per KV head, Q query tokens, K new keys,
-S sink slots, P ring slots, D head size.
+T keys of a tensor, S sink slots, P past tokens, D head size.
 """
 
 from __future__ import annotations
@@ -22,112 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duohead.cache.view import HeadView, KeysAndValues
+from duohead.cache.view import KeysAndValues
 
 LOG2E = 1.4426950408889634
+# Keys that are fetched together at least; the band of a tile begins at a multiple of it.
 UNIT = 16
 WARP_GROUP_ROWS = 64
 SLOTS = 4
+# A reach that no text has, far from overflow.
+EVERYTHING = 1 << 28
+# A band this wide is treated as one that grows with the text.
+LONG = 8192
 THREADS = 384
-# Largest block of keys for a head size: registers and shared memory end there.
-BLOCKS = {64: (96, 112, 128, 144, 160, 176, 192), 128: (96, 112, 128, 144, 160)}
-# Tiles of a band that grows with the text this far are started longest first, so that none is left over at the end.
-LONG = 4096
-# What the start of one more block costs, in keys.
-BLOCK_COST = 16
-_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+# Keys and values of the heads that are worked on together, in bytes: what may stay in the L2 cache meanwhile.
+SECTION_BYTES = 24 << 20
 _SMEM_ATTRIBUTE = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
-
-
-def supports(
-    query: Tensor,
-    view: HeadView,
-    *,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> str | None:
-    """None if `attend` can do this, else why not.
-
-    Args:
-        query: [B, H, Q, D], all heads.
-        view: what the heads of one kind see.
-        softcap: cap on the scores, or None.
-        sink_logits: learned logits [H], or None.
-    """
-    device = query.device
-    if (
-        device.type != "cuda"
-        or torch.version.hip
-        or torch.cuda.get_device_capability(device) != (9, 0)
-    ):
-        return "the kernel is for Hopper GPUs; use impl='triton'"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace the kernel; compile decode only"
-    return _missing() or unfit(query, view, softcap=softcap, sink_logits=sink_logits)
-
-
-def unfit(
-    query: Tensor, view: HeadView, *, softcap: float | None, sink_logits: Tensor | None
-) -> str | None:
-    """What of the call itself the kernel does not do, on any machine; None if nothing."""
-    if view.chunk_start is not None:
-        return "visibility='chunk' is for reproducing published numbers; use impl='tiled'"
-    if view.reach is None:
-        return "the kernel is for heads with a band, and these see everything"
-    if view.window is not None and view.sinks is not None:
-        return "the kernel does not limit sinks by a native window; use impl='triton'"
-    if softcap is not None:
-        return "the kernel does not cap scores; use impl='triton'"
-    sizes = {x.shape[-1] for x in (query, view.keys, view.values)}
-    if len(sizes) > 1 or not sizes <= BLOCKS.keys():
-        return f"head sizes must be equal and one of {list(BLOCKS)}, got {sorted(sizes)}"
-    if query.dtype not in _DTYPES or {view.keys.dtype, view.values.dtype} != {query.dtype}:
-        return f"the kernel takes fp16 and bf16, got queries of {query.dtype} and keys of {view.keys.dtype}"
-    inputs = (query, view.keys, view.values, sink_logits)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return "gradients are asked for; use impl='tiled' or torch.no_grad()"
-    return None
-
-
-def attend(
-    query: Tensor,
-    view: HeadView,
-    out: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    kv_heads: int | None = None,
-) -> None:
-    """Write the outputs of a view's heads into ``out`` at their original places; the other heads stay as they were.
-
-    Args:
-        query: [B, H, Q, D], all heads; query head h belongs to KV head h // (H / kv_heads).
-        view: what its heads see.
-        out: [B, Q, H, D], all heads.
-        scale: factor on the scores.
-        softcap: None; `supports` refuses others.
-        sink_logits: learned logit per query head [H] in the softmax, without a value, or None.
-        kv_heads: KV heads of the layer, of all kinds; needed if ``view.heads`` is given.
-
-    Raises:
-        ValueError: ``kv_heads`` is missing, or the call is one that `supports` refuses.
-    """
-    reason = unfit(query, view, softcap=softcap, sink_logits=sink_logits)
-    if reason is not None:
-        raise ValueError(f"the Hopper kernel cannot do this call: {reason}")
-    if kv_heads is None:
-        if view.heads is not None:
-            raise ValueError("kv_heads must be given for a view of some of the heads, got None")
-        kv_heads = view.keys.shape[1]
-    if query.shape[2] == 0:
-        return
-    group = query.shape[1] // kv_heads
-    reads = gather(view, query.shape[2])
-    dim = query.shape[-1]
-    shape = Shape(dim, group, block_for(reads, group, dim), query.dtype == torch.float16)
-    with torch.cuda.device(query.device):
-        _launch(shape, query, reads, out, view, scale=scale, sink_logits=sink_logits)
 
 
 @dataclass(frozen=True)
@@ -161,7 +68,7 @@ class Reads:
         sinks: the sinks [B, G, S, D], or None.
         facts: int32 [B, 2]: index of the first key that is a real token and no sink, counted from the first new key
             (negative in the ring); position of query 0.
-        reach: tokens back that a query sees outside the sinks, its own included.
+        reach: tokens back that a query sees outside the sinks, its own included; `EVERYTHING` for no limit.
     """
 
     new: KeysAndValues
@@ -171,59 +78,9 @@ class Reads:
     reach: int
 
 
-def gather(view: HeadView, queries: int) -> Reads:
-    """Sort the ring of a view whose ``queries`` belong to its last keys, without waiting for the device."""
-    reach = view.reach
-    assert reach is not None, "a view without a band is not for this kernel"
-    ring, ring_position = _in_order(view)
-    # Positions ascend, so what is no token or is read as a sink comes first, in the ring and in the new keys.
-    bound = 0 if view.sinks is None else view.sink
-    new, held = view.keys.shape[2], ring_position.shape[-1]
-    last = view.key_position[:, -1]
-    low = (bound + new - 1 - last).clamp(0, new)
-    if held:
-        low = low + (ring_position < bound).sum(-1) - held
-    start = last - (queries - 1)
-    facts = torch.stack([low, start], dim=-1).int().expand(view.keys.shape[0], 2).contiguous()
-    sinks = None
-    if view.sinks is not None and view.sinks.position.shape[-1]:
-        sinks = view.sinks.read()
-    return Reads((view.keys, view.values), ring, sinks, facts, reach)
-
-
-def _in_order(view: HeadView) -> tuple[KeysAndValues | None, Tensor]:
-    """The past in the order of its positions, empty slots first, and these positions [B or 1, P]."""
-    if not view.past:
-        return None, view.key_position[:, :0]
-    position = torch.cat([piece.position for piece in view.past], dim=-1)
-    missing = -position.shape[-1] % UNIT
-    position, order = torch.nn.functional.pad(position, (0, missing), value=-1).sort(dim=-1)
-    read = [piece.read() for piece in view.past]
-    found = []
-    for parts in zip(*read, strict=True):
-        x = torch.cat(parts, dim=2)
-        # A slot that was added, or was empty, is hidden, so any finite keys will do.
-        index = order.clamp(max=x.shape[2] - 1)
-        if index.shape[0] == 1:
-            found.append(x.index_select(2, index[0]))
-        else:
-            found.append(
-                x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-            )
-    return (found[0], found[1]), position
-
-
-def block_for(reads: Reads, group: int, dim: int) -> int:
-    """The block size with the least waste for tiles in the middle of a long text."""
-    tokens = 2 * (WARP_GROUP_ROWS // group)
-    band = -(-(tokens + reads.reach - 1) // UNIT)
-    sinks = 0 if reads.sinks is None else -(-reads.sinks[0].shape[2] // UNIT)
-    keys = (band + sinks) * UNIT
-    return min(BLOCKS[dim], key=lambda block: (-(-keys // block) * (block + BLOCK_COST), block))
-
-
 @functools.cache
-def _missing() -> str | None:
+def missing() -> str | None:
+    """What this machine lacks to compile and launch, with the remedy; None if nothing."""
     try:
         found = importlib.util.find_spec("cuda.bindings.nvrtc")
     except ModuleNotFoundError:  # its parent is not there
@@ -234,8 +91,8 @@ def _missing() -> str | None:
 
 
 def source(shape: Shape) -> str:
-    """The kernel for one shape: constants, the matrix instructions of these sizes, and `hopper_band.cu`."""
-    text = (Path(__file__).parent / "hopper_band.cu").read_text(encoding="utf-8")
+    """The kernel for one shape: constants, the matrix instructions of these sizes, and `hopper_prefill.cu`."""
+    text = (Path(__file__).parent / "hopper_prefill.cu").read_text(encoding="utf-8")
     constants = (
         f"#define D {shape.dim}\n#define R {shape.group}\n#define BN {shape.block}\n"
         f"#define HALF16 {int(shape.half)}\n#define INFINITY __int_as_float(0x7f800000)\n"
@@ -288,7 +145,9 @@ def compiled(shape: Shape) -> bytes:
     """
     from cuda.bindings import nvrtc
 
-    program = _checked(nvrtc.nvrtcCreateProgram(source(shape).encode(), b"band.cu", 0, [], []))
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(source(shape).encode(), b"hopper_prefill.cu", 0, [], [])
+    )
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math"]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(result):
@@ -381,21 +240,22 @@ def _aligned(x: Tensor) -> Tensor:
 class _Numbers(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("queries", "keys", "sinks", "reach", "ring")),
-        *((name, ctypes.c_int) for name in ("kv_heads", "rows", "tiles", "longest_first")),
+        *((name, ctypes.c_int) for name in ("kv_heads", "rows", "tiles", "section")),
         ("scale_log2", ctypes.c_float),
     ]
 
 
-def _launch(
+def launch(
     shape: Shape,
     query: Tensor,
     reads: Reads,
     out: Tensor,
-    view: HeadView,
     *,
+    heads: Tensor | None,
     scale: float,
     sink_logits: Tensor | None,
 ) -> None:
+    """Attention of query [B, H, Q, D] into out [B, Q, H, D]; ``heads`` are the KV heads [G] that ``reads`` is about."""
     from cuda.bindings import driver
 
     query = _aligned(query)
@@ -405,13 +265,17 @@ def _launch(
     maps += [b"".join(_key_maps(x, shape) for x in side) for side in (keys, values)]
     rows, kv_heads, tokens, _ = keys[0].shape
     tiles = -(-query.shape[2] // shape.tokens)
+    # A band of the same width everywhere is walked along; a growing one starts with its longest tiles, so that none is
+    # left over at the end, with as many heads at a time as the cache holds.
+    token_bytes = 2 * keys[0].shape[-1] * keys[0].element_size()
+    section = max(1, SECTION_BYTES // (tokens * token_bytes)) if reads.reach >= LONG else 0
     held, sinks = (0 if pair is None else pair[0].shape[2] for pair in (reads.ring, reads.sinks))
     numbers = _Numbers(
         query.shape[2], tokens, sinks, reads.reach, held, kv_heads, rows, tiles,
-        int(reads.reach > LONG), scale * LOG2E,
+        section, scale * LOG2E,
     )  # fmt: skip
+    heads = None if heads is None else heads.long()
     logits = None if sink_logits is None else sink_logits.float().contiguous()
-    heads = None if view.heads is None else view.heads.long()
     pointers = [
         ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (reads.facts, heads, logits)
     ]
