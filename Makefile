@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
+# Compiling kernels is what takes the time.
+GPU_ARGS ?= -n 4
 DEMO_ARGS ?=
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
@@ -19,7 +21,7 @@ help:
 	@echo 'make demo    find the heads of the pocket model and write report.html (DEMO_ARGS=...)'
 	@echo 'make test    the test suite on the CPU (PYTEST_ARGS=...)'
 	@echo 'make check   style and types: ruff, mypy'
-	@echo 'make gpu     the tests that need a CUDA device'
+	@echo 'make gpu     the tests that need a CUDA device (GPU_ARGS=...)'
 	@echo 'make clean   remove $(VENV) and what the tools left'
 	@echo
 	@echo 'Settings: TORCH=torch==2.11.0 (another torch), PYTHON=python3.12, PIP_ARGS=...'
@@ -55,7 +57,7 @@ check: $(STAMP)
 	$(VENV)/bin/mypy
 
 gpu: $(STAMP)
-	$(VENV)/bin/python -m pytest -m gpu
+	$(VENV)/bin/python -m pytest -m gpu $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html

@@ -218,13 +218,16 @@ def _versions() -> tuple[tuple[str, str | None], ...]:
 def _commit() -> str | None:
     """Commit of the checkout this package lies in, "-dirty" after it if tracked files differ; None when installed.
 
-    A checkout that was copied without its history says what it is in the environment variable DUOHEAD_COMMIT.
+    The environment variable DUOHEAD_COMMIT comes first, for checkouts that were copied without their history.
     """
+    stated = os.environ.get("DUOHEAD_COMMIT")
+    if stated:
+        return stated
     root = Path(__file__).resolve().parent.parent
     top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
     # An installed package may lie inside somebody else's repository, whose commit says nothing about it.
     if top is None or Path(top).resolve() != root:
-        return os.environ.get("DUOHEAD_COMMIT") or None
+        return None
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     if commit is None:
         return None

@@ -198,6 +198,20 @@ def test_a_wrong_baseline_has_no_time_either(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+def test_a_baseline_that_breaks_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise TypeError("no such\n argument")
+
+    monkeypatch.setattr(kernels, "_timed_baseline", broken)
+    assert run_baselines(small("prefill"), ["fa4"], PLACE) == {
+        "fa4": "not available: TypeError: no such argument"
+    }
+    monkeypatch.setattr(baselines, "_sdpa", broken)
+    x = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(baselines.Unavailable, match="TypeError: no such argument"):
+        baselines.attend("sdpa", x, x, x, scale=1.0)
+
+
 def test_too_little_memory_is_written_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("no")

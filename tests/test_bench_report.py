@@ -93,7 +93,7 @@ def records() -> list[dict[str, Any]]:
         "tokens": 4_200_000, "estimated_tokens": 4_200_000, "decode_median_ms": 30.0, "floor_ms": 26.0,
         "over_floor": 30 / 26, "kv_bytes": 70 << 30, "weight_bytes": 8 << 30, "peak_bytes": 79 << 30,
         "beyond_tokens": 4_326_000, "beyond": "out of memory", "prefill_tokens": 524288, "prefill_seconds": 90.0,
-        "prefill_decode_ms": 6.0,
+        "prefill_peak_bytes": 20 << 30,
     }  # fmt: skip
     shape = {"model": "llama-3-8b", "length": 4_200_000, "weights": "int8", "retrieval_dtype": "int4",
              "streaming_dtype": "int4", "retrieval_ratio": 0.5}  # fmt: skip
@@ -228,8 +228,18 @@ def test_tables_of_the_readme_come_from_records(root: Path, tmp_path: Path, monk
     assert "4,200,000" in room and "out of memory" in room
 
 
-def test_a_table_without_records_is_no_table(root: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("speed", "table 'speed' must be one of needles"),
+        ("capacity", "table 'capacity' needs .*capacity-h100.jsonl"),
+    ],
+)
+def test_a_table_that_cannot_be_made_is_an_error(
+    root: Path, tmp_path: Path, monkeypatch, name: str, message: str
+) -> None:
     tool = readme(root)
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
-    assert tool.tables() == {}
-    assert set(tool.TABLES) >= {"needles", "prefill"}
+    with pytest.raises(ValueError, match=message):
+        tool.rendered(f"<!-- table: {name} -->\n<!-- end -->")
+    assert tool.rendered("no table") == "no table"

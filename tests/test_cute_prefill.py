@@ -1,25 +1,19 @@
-"""Prefill through flash-attn-4: on the CPU what runs without it (spans, merging, lists, order), the rest on a GPU.
+"""Prefill through flash-attn-4: on the CPU what runs without it (spans, merging, padded rows), the rest on a GPU.
 
-On the CPU a stand-in takes the place of flash-attn-4's forward: it reads the same integers and lists, and visits no
-block that they do not name.
+On the CPU a stand-in takes the place of flash-attn-4's forward, in fp64.
 """
 
-import itertools
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import Inputs, dense, hold, inputs, make_policy, split
 from torch import Tensor
 
-from duohead.attention import cute_prefill, cute_streaming
+from duohead.attention import cute_prefill
 from duohead.cache import DuoLayer
 from duohead.cache.direct import direct_views
 from duohead.policy import HeadPolicy
-
-TILE = cute_streaming.TILE
 
 
 def fill(x: Inputs, policy: HeadPolicy, views, count: int, query: Tensor, **options) -> Tensor:
@@ -52,45 +46,13 @@ def there(x: Inputs, device: str) -> Inputs:
     return replace(x, **{n: getattr(x, n).to(device) for n in ("query", "keys", "values")})
 
 
-def seen_by(numbers: Tensor, queries: int, keys: int) -> Tensor:
-    """The mask function of `cute_masks` in torch: [B, Q, T]."""
-    query, key = torch.arange(queries)[:, None], torch.arange(keys)
-    sinks, low, reach, window, own, position = numbers.long()[:, :, None, None].unbind(1)
-    own, position = query + own, query + position
-    sink = (key < sinks) & (key <= position) & (key > position - window)
-    return sink | ((key >= low) & (key <= own) & (key > own - reach))
-
-
-def visits(lists, queries: int, keys: int, block: int) -> tuple[Tensor, Tensor]:
-    """Scores [Q, T] that the lists visit at all, and those they visit without a mask."""
-    found = []
-    for count, index in ((lists[0], lists[1]), (lists[2], lists[3])):
-        hit = torch.zeros(queries, keys, dtype=torch.bool)
-        for tile in range(count.shape[2]):
-            blocks = index[0, 0, tile, : count[0, 0, tile]].tolist()
-            assert blocks == sorted(set(blocks)), "each block once, in order"
-            for at in blocks:
-                assert at * block < keys, "no block beyond the keys"
-                rows = slice(tile * TILE, (tile + 1) * TILE)
-                assert not hit[rows, at * block : (at + 1) * block].any()
-                hit[rows, at * block : (at + 1) * block] = True
-        found.append(hit)
-    assert not (found[0] & found[1]).any(), "no block twice"
-    return found[0] | found[1], found[1]
-
-
-def stand_in(q, k, v, *, softmax_scale, softcap, learnable_sink, out, causal=False, lse=None,
-             mask_mod=None, aux_tensors=None, block_sparse_tensors=None):  # fmt: skip
+def stand_in(q, k, v, *, softmax_scale, softcap, learnable_sink, out, causal=False, lse=None):
     """Flash-attn-4's forward as `cute_prefill` uses it, in fp64."""
     rows, queries, heads, _ = q.shape
     keys = k.shape[1]
     see = torch.ones(rows, queries, keys, dtype=torch.bool)
     if causal:
         see &= torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
-    if aux_tensors is not None:
-        see &= seen_by(aux_tensors[0], queries, keys)
-        touched, full = visits(block_sparse_tensors[:4], queries, keys, block_sparse_tensors[4][1])
-        see = (see | full) & touched
     q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
     group = heads // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -110,22 +72,15 @@ def stand_in(q, k, v, *, softmax_scale, softcap, learnable_sink, out, causal=Fal
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in in place of flash-attn-4."""
-    masks = SimpleNamespace(
-        sinks_and_band=object(),
-        BlockSparseTensorsTorch=lambda block_size, **lists: (*lists.values(), block_size),
-    )
-    monkeypatch.setitem(sys.modules, "duohead.attention.cute_masks", masks)
-    monkeypatch.setattr("duohead.attention.cute_masks", masks, raising=False)
     monkeypatch.setattr(cute_prefill, "_forward", lambda: stand_in)
 
 
 @pytest.mark.parametrize("padding", [None, (0, 77, 300)], ids=["plain", "padded"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, None])
-@pytest.mark.parametrize(("sink", "recent"), [(4, 63), (0, 16), (64, 1), (130, 200)])
 def test_any_chunks_and_padding_keep_the_error_budget(
-    on_cpu: None, sink: int, recent: int, chunk: int | None, padding
+    on_cpu: None, chunk: int | None, padding
 ) -> None:
-    policy = make_policy("alternating", 4, sink=sink, recent=recent)
+    policy = make_policy("all", 4)
     length = 60 if chunk == 1 else 420
     if chunk == 1 and padding:
         padding = (0, 11, 59)
@@ -134,9 +89,8 @@ def test_any_chunks_and_padding_keep_the_error_budget(
     hold(got, policy, x)
 
 
-@pytest.mark.parametrize("kind", ["all", "none", "random"])
-def test_softcap_and_sink_logits_come_through(on_cpu: None, kind: str) -> None:
-    policy = make_policy(kind, 4, sink=4, recent=20)
+def test_softcap_and_sink_logits_come_through(on_cpu: None) -> None:
+    policy = make_policy("all", 4)
     x = inputs(150, kv_heads=4, groups=2, dim=16)
     options = {"softcap": 2.0, "sink_logits": torch.randn(8)}
     hold(cute_through_cache(policy, x, [100, 50], **options), policy, x, **options)
@@ -197,65 +151,8 @@ def test_merging_with_nothing_seen_in_one_part_is_the_other_part() -> None:
     torch.testing.assert_close(found, out)
 
 
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("queries", "ring"), [(1, 0), (127, 0), (129, 40), (1000, 255), (500, 0)])
-def test_lists_visit_what_is_seen_and_mask_what_is_not(
-    queries: int, ring: int, window: int | None, block: int
-) -> None:
-    for sink, recent in itertools.product((0, 1, 64, 128, 200), (1, 63, 256)):
-        reach = recent if window is None else min(recent, window)
-        keys = sink + ring + queries
-        # With a ring the call starts somewhere beyond the sinks, else at any position up to their end.
-        for start in [sink + ring + 7] if ring else sorted({0, sink // 2, sink}):
-            hidden = 0 if ring else max(0, sink - start)
-            numbers = torch.tensor(
-                [[sink, sink + hidden, reach, window or 1 << 30, keys - queries, start]]
-            )
-            see = seen_by(numbers, queries, keys)[0]
-            lists = cute_streaming.lists(
-                queries, keys, sinks=sink, reach=reach, block=block, window=window,
-                solid=sink + ring + (0 if ring else sink), known=sink if ring else 0,
-            )  # fmt: skip
-            touched, full = visits(lists, queries, keys, block)
-            assert not (see & ~touched).any(), "a visible key is skipped"
-            assert not (full & ~see).any(), "a hidden key is taken without a mask"
-
-
-def test_lists_skip_almost_everything_of_a_long_text() -> None:
-    lists = cute_streaming.lists(32768, 32768 + 128, sinks=128, reach=256, block=128, solid=256, known=0)  # fmt: skip
-    visited = lists.masked_count + lists.full_count
-    assert int(visited.max()) == 4
-    assert int(visited.sum()) <= 4 * 256
-    # One sink block and the middle of the band need no mask.
-    assert int(lists.full_count[0, 0, 3:].min()) == 2
-
-
-def test_padded_rows_mask_every_block() -> None:
-    lists = cute_streaming.lists(300, 364, sinks=64, reach=100, block=64, solid=364, known=None)
-    assert int(lists.full_count.max()) == 0
-
-
-def test_the_ring_comes_in_the_order_of_positions() -> None:
-    policy = make_policy("none", 1, sink=2, recent=5)
-    x = inputs(20, kv_heads=1, dim=8)
-    layer = DuoLayer(policy, 0)
-    for part in (slice(0, 17), slice(17, 20)):
-        handle, _ = layer.update(x.keys[:, :, part], x.values[:, :, part])
-        (view,) = handle.open(None)
-        if part.start == 0:
-            handle.commit()
-    seen = cute_streaming.sequence(view, 3)
-    ring = view.past[0].position.shape[1]
-    assert seen.sinks == 2
-    assert seen.ring == ring
-    expected = [0, 1, *range(17 - ring, 20)]
-    torch.testing.assert_close(seen.keys, x.keys[:, :, expected])
-    torch.testing.assert_close(seen.values, x.values[:, :, expected])
-
-
 def test_queries_may_belong_to_the_last_keys_of_a_plain_forward(on_cpu: None) -> None:
-    policy = make_policy("alternating", 4, sink=4, recent=20)
+    policy = make_policy("all", 4)
     x = inputs(200, kv_heads=4, groups=2, dim=16, padding=(0, 30))
     query = x.query[:, :, 150:]
     views = direct_views(policy, 0, x.keys, x.values, queries=50, mask=x.mask)
@@ -267,11 +164,9 @@ def test_other_heads_stay_as_they_were(on_cpu: None) -> None:
     policy = make_policy("alternating", 4, sink=4, recent=8)
     x = inputs(20, kv_heads=4, groups=2, dim=16)
     retrieval, streaming = direct_views(policy, 0, x.keys, x.values, queries=20, mask=None)
-    for view, others in ((retrieval, streaming), (streaming, retrieval)):
-        out = fill(x, policy, [view], 20, x.query)
-        untouched = out.unflatten(2, (4, 2))[:, :, others.heads]
-        assert untouched.isnan().all()
-        assert out.unflatten(2, (4, 2))[:, :, view.heads].isfinite().all()
+    out = fill(x, policy, [retrieval], 20, x.query).unflatten(2, (4, 2))
+    assert out[:, :, streaming.heads].isnan().all()
+    assert out[:, :, retrieval.heads].isfinite().all()
 
 
 def test_some_heads_without_their_number_are_refused(on_cpu: None) -> None:
@@ -307,12 +202,18 @@ def test_without_the_package_the_reason_names_the_remedy(monkeypatch: pytest.Mon
         ({"dtype": torch.float32}, "fp16 and bf16"),
         ({"dim": 20}, "multiples of 8"),
         ({"dim": 264}, "up to 256"),
-        ({"visibility": "chunk"}, "visibility='chunk'"),
     ],
 )
 def test_calls_that_no_kernel_does_are_refused_with_the_reason(fields: dict, reason: str) -> None:
     x, view = view_of(**fields)
     assert reason in cute_prefill._unfit(view, x.query.dtype, x.query.shape[-1], 9)
+
+
+def test_heads_with_a_band_go_to_other_kernels() -> None:
+    x = inputs(8, kv_heads=2, dim=64, dtype=torch.bfloat16)
+    policy = make_policy("none", 2, sink=2, recent=3)
+    (view,) = direct_views(policy, 0, x.keys, x.values, queries=8, mask=None)
+    assert "kernels of their own" in cute_prefill._unfit(view, x.query.dtype, 64, 9)
 
 
 def test_gradients_are_refused() -> None:
@@ -341,23 +242,20 @@ def flash_attention() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding", [None, (0, 77, 1500)], ids=["plain", "padded"])
-@pytest.mark.parametrize("chunk", [129, 1000, None])
+@pytest.mark.parametrize("chunk", [1000, None])
 @pytest.mark.parametrize(
     ("groups", "dim", "dtype"),
     [
-        (1, 128, torch.bfloat16),
         (4, 128, torch.bfloat16),
         (4, 64, torch.float16),
         (7, 128, torch.float16),
-        (8, 64, torch.bfloat16),
         (2, 256, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize(("sink", "recent"), [(4, 63), (128, 256)])
 def test_flash_attention_keeps_the_error_budget(
-    flash_attention, sink: int, recent: int, groups: int, dim: int, dtype, chunk, padding
+    flash_attention, groups: int, dim: int, dtype, chunk, padding
 ) -> None:
-    policy = make_policy("alternating", 4, sink=sink, recent=recent)
+    policy = make_policy("all", 4)
     length = 1700
     x = inputs(length, kv_heads=4, groups=groups, dim=dim, padding=padding, dtype=dtype)
     got = cute_through_cache(policy, there(x, "cuda"), split(length, chunk))
@@ -365,9 +263,8 @@ def test_flash_attention_keeps_the_error_budget(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["all", "none"])
-def test_flash_attention_caps_scores_and_takes_sink_logits(flash_attention, kind: str) -> None:
-    policy = make_policy(kind, 4, sink=4, recent=63)
+def test_flash_attention_caps_scores_and_takes_sink_logits(flash_attention) -> None:
+    policy = make_policy("all", 4)
     x = inputs(700, kv_heads=4, groups=4, dim=64, dtype=torch.bfloat16)
     logits = torch.randn(16)
     got = cute_through_cache(
@@ -391,7 +288,7 @@ def test_flash_attention_merges_spans_of_a_decoded_past(
 
 @pytest.mark.gpu
 def test_flash_attention_reads_a_static_cache_in_place(flash_attention) -> None:
-    policy = make_policy("alternating", 4, sink=64, recent=256)
+    policy = make_policy("all", 4)
     x = inputs(2000, kv_heads=4, groups=4, dim=128, dtype=torch.bfloat16)
     got = cute_through_cache(policy, there(x, "cuda"), [1100, 900], max_length=4096)
     hold(got.cpu(), policy, x)

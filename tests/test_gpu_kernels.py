@@ -19,8 +19,8 @@ from oracle import Inputs, hold, make_policy, split
 from torch import Tensor
 
 from duohead import HeadPolicy, attention
-from duohead.attention import choice
 from duohead.cache import DuoLayer
+from duohead.cache.view import HeadView
 
 triton_prefill = pytest.importorskip("duohead.attention.triton_prefill", exc_type=ImportError)
 
@@ -189,7 +189,7 @@ PREFILL = [
 @pytest.mark.parametrize("family", PREFILL, ids=str)
 def test_prefill_in_any_chunks_keeps_the_error_budget(family: Family) -> None:
     for seed in range(PREFILL_CASES):
-        check_prefill(family, seed, triton_prefill)
+        assert check_prefill(family, seed, triton_prefill) == {None}
 
 
 HOPPER = [
@@ -199,14 +199,14 @@ HOPPER = [
 
 
 @pytest.mark.parametrize("family", HOPPER, ids=str)
-@pytest.mark.parametrize("name", sorted({*choice.KERNELS["cute"].band, *choice.KERNELS["cute"].full}))
+@pytest.mark.parametrize("name", ["hopper_prefill", "cute_prefill"])
 def test_prefill_on_hopper_keeps_the_error_budget(name: str, family: Family) -> None:
-    """Views that the kernel does not take go to the portable one."""
+    """Views that the kernel does not take are PyTorch's."""
     kernel = importlib.import_module(f"duohead.attention.{name}")
     reasons: list[set[str | None]] = []
     for seed in range(PREFILL_CASES):
         reasons.append(check_prefill(family, seed, kernel))
-        if seed == 9 and not any(None in found for found in reasons):
+        if seed == 2 and not any(None in found for found in reasons):
             pytest.skip(f"{name} takes no view here: {sorted(map(str, set().union(*reasons)))}")
     assert sum(None in found for found in reasons) >= PREFILL_CASES // 4, reasons
 
@@ -246,13 +246,37 @@ def check_prefill(family: Family, seed: int, kernel: ModuleType) -> set[str | No
             logits = {name: options.get(name) for name in ("softcap", "sink_logits")}
             reason = kernel.supports(query, view, **logits)
             reasons.add(reason)
-            module = kernel if reason is None else triton_prefill
-            module.attend(query, view, out, kv_heads=x.keys.shape[1], **options)
+            attend = kernel.attend if reason is None else by_pytorch
+            attend(query, view, out, kv_heads=x.keys.shape[1], **options)
         handle.commit()
         outs.append(out)
     with explained(family, seed, policy, x):
         hold(torch.cat(outs, 1), policy, x, **options)
     return reasons
+
+
+def by_pytorch(
+    query: Tensor,
+    view: HeadView,
+    out: Tensor,
+    *,
+    kv_heads: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> None:
+    """What a kernel's ``attend`` does."""
+    group = query.shape[1] // kv_heads
+    kv = torch.arange(kv_heads) if view.heads is None else view.heads
+    heads = (kv[:, None] * group + torch.arange(group)).flatten()
+    out[:, :, heads] = attention.prefill(
+        query[:, heads],
+        [replace(view, heads=None)],
+        scale=scale,
+        softcap=softcap,
+        sink_logits=None if sink_logits is None else sink_logits[heads],
+        impl="tiled",
+    )
 
 
 class explained:

@@ -292,7 +292,7 @@ def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding", [None, (0, 77, 1500)], ids=["plain", "padded"])
-@pytest.mark.parametrize("chunk", [33, 1000, None])
+@pytest.mark.parametrize("chunk", [33, 1000])
 @pytest.mark.parametrize(
     ("group", "dim", "dtype"),
     [
@@ -304,7 +304,7 @@ def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
         (3, 128, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize(("sink", "recent"), [(4, 63), (128, 256), (0, 1), (200, 1000)])
+@pytest.mark.parametrize(("sink", "recent"), [(4, 63), (128, 256), (0, 1000)])
 def test_the_kernel_keeps_the_error_budget(
     hopper, sink: int, recent: int, group: int, dim: int, dtype, chunk, padding
 ) -> None:

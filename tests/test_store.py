@@ -210,7 +210,9 @@ def test_a_growing_store_adds_segments_and_copies_only_while_it_is_small() -> No
         encoded = encode_pair(RAW, *tokens(torch.arange(length, length + count)[None, :]))
         store.append(length, encoded, None)
         if length >= COPY_LIMIT:
-            assert [segment.keys[0].data_ptr() for segment in store.segments()[: len(fixed)]] == fixed
+            assert [
+                segment.keys[0].data_ptr() for segment in store.segments()[: len(fixed)]
+            ] == fixed
         length += count
         assert store.slots == capacity(length)
         pieces = store.pieces(length, None, torch.float32)

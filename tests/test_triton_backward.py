@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from duohead.attention.triton_backward import gradients_of
 from duohead.attention.triton_tiles import Tiles
 from duohead.attention.triton_training import streaming, trains
+from duohead.identify.banded import Scores, streaming_attention
 from duohead.mask import visible
 
 GPU = torch.cuda.is_available()
@@ -174,6 +175,28 @@ def test_what_it_cannot_do_is_said() -> None:
     assert "gradient" in str(trains(q, k, v, scale=1.0, sink_logits=logits))
     with pytest.raises(ValueError, match="cannot train here: keys are torch.float16"):
         streaming(q, k.half(), v, sink=1, recent=1, scale=1.0)
+
+
+def test_gate_training_takes_the_kernels_where_they_are_asked_for() -> None:
+    """`identify.banded` streams the same by kernels and by tiles; a request that cannot be met is refused."""
+    q, k, v = (
+        x.to(DEVICE)
+        for x in made(150, heads=4, kv_heads=2, dim=16, value_dim=16, rows=1, dtype=torch.float32)
+    )
+    scores = Scores(softcap=2.0)
+    outs = []
+    for impl in ("tiles", "triton"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = streaming_attention(*leaves, sink=4, recent=20, scores=scores, impl=impl)
+        outs.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for tiles, kernels in zip(*outs, strict=True):
+        size = tiles.abs().max().item()
+        assert (tiles - kernels).abs().max().item() <= 2 * FIXED_BOUND[torch.float32] * size
+    wide = [x.double() for x in (q, k, v)]
+    with pytest.raises(ValueError, match=r"cannot run here: dtype is torch\.float64"):
+        streaming_attention(*wide, sink=4, recent=20, scores=scores, impl="triton")
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, tiles"):
+        streaming_attention(q, k, v, sink=4, recent=20, scores=scores, impl="fast")
 
 
 @pytest.mark.gpu

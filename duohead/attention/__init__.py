@@ -73,8 +73,8 @@ def prefill(
     return _by_kind(attend, query, views, scale=scale, softcap=softcap, sink_logits=sink_logits)
 
 
-def reads_storage(query: Tensor, *, impl: str = "auto") -> bool:
-    """Whether `decode` over storage is what ``impl`` uses for these queries [B, H, Q, D].
+def reads_storage(query: Tensor, *, value_dim: int | None = None, impl: str = "auto") -> bool:
+    """Whether `decode` over storage is what ``impl`` uses for queries [B, H, Q, D] and values of size ``value_dim``.
 
     Raises:
         ValueError: an explicit ``impl`` that has a decode kernel, which cannot do this here.
@@ -86,7 +86,7 @@ def reads_storage(query: Tensor, *, impl: str = "auto") -> bool:
         return False
     from duohead.attention import triton_decode
 
-    return choice.accept(triton_decode.supports(query), name, impl)
+    return choice.accept(triton_decode.supports(query, value_dim=value_dim), name, impl)
 
 
 def decode(

@@ -1,8 +1,9 @@
-"""Prefill on Hopper and Blackwell through flash-attn-4, the fastest dense attention there.
+"""Prefill through flash-attn-4: on Blackwell, and on Hopper what the own kernel does not do (`hopper_prefill`).
 
 Retrieval heads take its causal kernel, in one call over keys that lie in one piece, else over spans of decoded past
-that are merged by their log-sum-exp, so that decoded memory stays bounded at millions of tokens. Heads with a band go
-through `duohead.attention.cute_streaming`. Use `attend(query, view, out, scale=..., kv_heads=...)` after `supports` has
+that are merged by their log-sum-exp, so that decoded memory stays bounded at millions of tokens. Heads with a band do
+not come here: its mask functions run at half the speed of `duohead.attention.hopper_prefill` (docs/log.md).
+Use `attend(query, view, out, scale=..., kv_heads=...)` after `supports` has
 said that it can; compiled kernels are kept on disk (FLASH_ATTENTION_CUTE_DSL_CACHE_DIR), as compiling takes seconds.
 
 Shape letters: B rows, H query heads, G KV heads of one kind, Q query tokens, T key tokens, D head size of queries and
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duohead.attention import cute_streaming
 from duohead.cache.view import HeadView, KeysAndValues, Piece
 
 # Decoded keys and values of the past that are in memory at a time, in bytes.
@@ -99,9 +99,7 @@ def attend(
         target = out.new_empty(*out.shape[:2], len(heads), out.shape[3])
         logits = None if sink_logits is None else sink_logits.index_select(0, heads)
     scores = Scores(scale, softcap, None if logits is None else logits.float())
-    if view.reach is not None:
-        _streaming(part, view, target, scores)
-    elif view.padded:
+    if view.padded:
         _rows(part, view, target, scores)
     else:
         _dense(part, view, target, scores)
@@ -111,8 +109,8 @@ def attend(
 
 def _unfit(view: HeadView, dtype: torch.dtype, dim: int, major: int) -> str | None:
     """What of the call itself no kernel of flash-attn-4 does."""
-    if view.chunk_start is not None:
-        return "visibility='chunk' is for reproducing published numbers; use impl='tiled'"
+    if view.reach is not None or view.sinks is not None:
+        return "flash-attn-4 is used for heads that see everything; heads with a band have kernels of their own"
     if dtype not in _DTYPES or view.keys.dtype != dtype or view.values.dtype != dtype:
         return f"flash-attn-4 takes fp16 and bf16, got queries of {dtype} and keys of {view.keys.dtype}"
     value_dim = view.values.shape[-1]
@@ -134,7 +132,7 @@ def _traced(view: HeadView) -> str | None:
     """Why not inside a graph: dynamo cannot trace the call, and padded rows need their lengths on the host."""
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace flash-attn-4; compile decode only"
-    if view.padded and view.reach is None and torch.cuda.is_current_stream_capturing():
+    if view.padded and torch.cuda.is_current_stream_capturing():
         return "padded rows wait for the device, which a CUDA graph cannot; capture decode only"
     return None
 
@@ -172,37 +170,6 @@ def _query_heads(view: HeadView, heads: int, kv_heads: int | None) -> Tensor | N
     group = heads // kv_heads
     member = torch.arange(group, device=view.heads.device)
     return (view.heads[:, None] * group + member).flatten()
-
-
-def _streaming(query: Tensor, view: HeadView, out: Tensor, scores: Scores) -> None:
-    """Heads with a band: [B, H, Q, D] of this view into [B, Q, H, Dv]."""
-    from duohead.attention import cute_masks
-
-    queries = query.shape[2]
-    seen = cute_streaming.sequence(view, queries)
-    block = _key_block(query.shape[-1], out.shape[-1])
-    blocks = cute_streaming.lists_for(view, seen, queries, block=block)
-    _call(
-        query,
-        seen.keys,
-        seen.values,
-        out,
-        scores,
-        mask_mod=cute_masks.sinks_and_band,
-        aux_tensors=[seen.numbers],
-        block_sparse_tensors=cute_masks.BlockSparseTensorsTorch(
-            mask_block_cnt=blocks.masked_count,
-            mask_block_idx=blocks.masked,
-            full_block_cnt=blocks.full_count,
-            full_block_idx=blocks.full,
-            block_size=(cute_streaming.TILE, block),
-        ),
-    )
-
-
-def _key_block(dim: int, value_dim: int) -> int:
-    """Keys in a block that flash-attn-4's tiles for these head sizes can take."""
-    return 128 if dim <= 192 and value_dim <= 128 else 64
 
 
 def _rows(query: Tensor, view: HeadView, out: Tensor, scores: Scores) -> None:

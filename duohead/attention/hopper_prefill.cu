@@ -1,6 +1,6 @@
-// Attention of heads that see sinks and a band, for Hopper: see duohead/attention/hopper_launch.py, which completes this
-// source with the constants D (head size), R (query heads per KV head), BN (keys of a block), HALF16 (0: bf16, 1: fp16)
-// and with the two matrix instructions qk_mma and pv_mma for these sizes, and compiles it at run time.
+// Attention of heads that see sinks and a band, or everything, for Hopper: duohead/attention/hopper_launch.py completes
+// this source with the constants D (head size), R (query heads per KV head), BN (keys of a block) and HALF16 (0: bf16,
+// 1: fp16) and with the matrix instructions qk_step and pv_step for these sizes, and compiles it at run time.
 //
 // One block of threads stays on each multiprocessor and walks over query tiles. Its first warp group fetches, the other
 // two compute, each for R x TW rows (TW tokens of the R heads that share a KV head). They take turns: while one waits
@@ -44,14 +44,14 @@ __device__ __forceinline__ void bar_wait(u32 bar, u32 phase) {
 }
 __device__ __forceinline__ void fetch5(u32 dst, const Map* map, u32 bar, int x, int y, int z, int g, int b) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
-          dst),
-      "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(g), "r"(b)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+      ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(g), "r"(b)
       : "memory");
 }
 __device__ __forceinline__ void put5(const Map* map, u32 src, int x, int r, int t, int g, int b) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map), "r"(src),
-               "r"(x), "r"(r), "r"(t), "r"(g), "r"(b)
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+               ::"l"(map), "r"(src), "r"(x), "r"(r), "r"(t), "r"(g), "r"(b)
                : "memory");
 }
 __device__ __forceinline__ void turn_wait(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
@@ -81,26 +81,27 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 #endif
   return y;
 }
-// Shared memory as the tensor cores see it: lines of 128 bytes, swizzled. `leading` is the way between columns of 64
-// values where these are the contiguous direction of V; 1024 bytes lie between groups of 8 lines.
+// Shared memory as the tensor cores see it: lines of 128 bytes, swizzled, 1024 bytes between groups of 8 lines. For V,
+// whose contiguous direction is not the one that is summed over, `leading` is the way between columns of 64 values.
 __device__ __forceinline__ u64 matrix(u32 address, u32 leading) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 // @instructions@
 
-// Scores of a warp group's rows, or more of its outputs; `leading` of a matrix whose contiguous direction is summed over
-// is not read.
+// Scores of a warp group's rows, and more of its outputs. An address in a descriptor counts in 16 bytes.
 __device__ __forceinline__ void qk_mma(float (&s)[BN / 2], u32 queries, u32 keys) {
   u64 q = matrix(queries, 16), k = matrix(keys, 16);
 #pragma unroll
   for (int step = 0; step < D / 16; ++step)
-    qk_step(s, q + ((step / 4 * 64 * 128 + step % 4 * 32) >> 4), k + ((step / 4 * BN * 128 + step % 4 * 32) >> 4), step > 0);
+    qk_step(s, q + ((step / 4 * 64 * 128 + step % 4 * 32) >> 4), k + ((step / 4 * BN * 128 + step % 4 * 32) >> 4),
+            step > 0);
 }
 __device__ __forceinline__ void pv_mma(float (&o)[D / 2], const u32 (&p)[BN / 4], u32 values, bool more) {
   u64 v = matrix(values, BN * 128);
 #pragma unroll
-  for (int step = 0; step < UB; ++step) pv_step(o, &p[4 * step], v + (step * UNIT * 128 >> 4), more || step > 0);
+  for (int step = 0; step < UB; ++step)
+    pv_step(o, &p[4 * step], v + (step * UNIT * 128 >> 4), more || step > 0);
 }
 
 // @tiles: from here to the next mark there is nothing but arithmetic, which a test compiles for the CPU.
@@ -186,7 +187,8 @@ __device__ __forceinline__ Row common(const Tile& tile, const Numbers& n, int st
 struct KeyMaps { Map fresh[2], ring[2], sinks[2]; };
 struct Maps { const Map *fresh, *ring, *sinks; };
 
-__device__ __forceinline__ void fetch_block(const Tile& tile, int block, const Maps& maps, const Numbers& n, u32 slot, u32 bar) {
+__device__ __forceinline__ void fetch_block(const Tile& tile, int block, const Maps& maps, const Numbers& n, u32 slot,
+                                            u32 bar) {
   int first = block * UB;
   if (tile.is_stretch(block)) {
     int at = tile.origin(first);
@@ -285,7 +287,8 @@ __device__ __forceinline__ void finish(float (&o)[D / 2], Softmax& soft, const M
     int column = j + (matrix_of >> 1);
     u32 at = place + column / 8 * 64 * 128 + line * 128 + ((column % 8) ^ (line % 8)) * 16;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(pack(o[4 * j] * share[0], o[4 * j + 1] * share[0])), "r"(pack(o[4 * j + 2] * share[1], o[4 * j + 3] * share[1])),
+                 "r"(pack(o[4 * j] * share[0], o[4 * j + 1] * share[0])),
+                 "r"(pack(o[4 * j + 2] * share[1], o[4 * j + 3] * share[1])),
                  "r"(pack(o[4 * j + 4] * share[0], o[4 * j + 5] * share[0])),
                  "r"(pack(o[4 * j + 6] * share[1], o[4 * j + 7] * share[1]))
                  : "memory");
@@ -301,9 +304,9 @@ __device__ __forceinline__ void finish(float (&o)[D / 2], Softmax& soft, const M
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    attend(const __grid_constant__ Map query_map, const __grid_constant__ Map out_map, const __grid_constant__ KeyMaps key_maps,
-           const __grid_constant__ KeyMaps value_maps, const int* facts, const long long* heads, const float* logits,
-           const Numbers n) {
+    attend(const __grid_constant__ Map query_map, const __grid_constant__ Map out_map,
+           const __grid_constant__ KeyMaps key_maps, const __grid_constant__ KeyMaps value_maps, const int* facts,
+           const long long* heads, const float* logits, const Numbers n) {
   extern __shared__ char raw[];
   u32 base = (smem_of(raw) + 1023) & ~1023u;
   u32 slots = base, queries = base + SLOTS * SLOT, bars = queries + 2 * Q_TILE;
@@ -330,7 +333,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (wg == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) {
-      Maps keys{key_maps.fresh, key_maps.ring, key_maps.sinks}, values{value_maps.fresh, value_maps.ring, value_maps.sinks};
+      Maps keys{key_maps.fresh, key_maps.ring, key_maps.sinks};
+      Maps values{value_maps.fresh, value_maps.ring, value_maps.sinks};
       u32 slot = 0, phase = 1, turn = 0;
       Tile tile, before;
       int last = -1;  // block of V still to fetch, of the tile `before`
@@ -348,8 +352,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         for (int w = 0; w < 2; ++w)
 #pragma unroll
           for (int half = 0; half < HALVES; ++half)
-            fetch5(queries + buffer * Q_TILE + w * Q_WG + half * 64 * 128, &query_map, q_full + 8 * buffer, half * 64, 0,
-                   tile.token + w * TW, kv_head, tile.row);
+            fetch5(queries + buffer * Q_TILE + w * Q_WG + half * 64 * 128, &query_map, q_full + 8 * buffer, half * 64,
+                   0, tile.token + w * TW, kv_head, tile.row);
         put(tile, 0, keys);
         if (last >= 0) put(before, last, values);
         for (int block = 1; block < tile.blocks; ++block) {

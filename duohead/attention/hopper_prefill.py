@@ -106,11 +106,13 @@ def attend(
         kv_heads: KV heads of the layer, of all kinds; needed if ``view.heads`` is given.
 
     Raises:
-        ValueError: ``kv_heads`` is missing, or the call is one that `supports` refuses.
+        ValueError: ``kv_heads`` is missing, ``scale`` is not positive, or the call is one that `supports` refuses.
     """
     reason = unfit(query, view, softcap=softcap, sink_logits=sink_logits)
     if reason is not None:
         raise ValueError(f"the Hopper kernel cannot do this call: {reason}")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}; use impl='tiled' for others")
     if kv_heads is None:
         if view.heads is not None:
             raise ValueError("kv_heads must be given for a view of some of the heads, got None")

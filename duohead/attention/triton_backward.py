@@ -24,7 +24,6 @@ from duohead.attention.triton_tiles import (
     block_width,
     descriptor,
     on_device,
-    precision_of,
     score_factors,
     shared_memory,
     tanh,
@@ -51,7 +50,7 @@ def pull(
     acc, q, grad, lse, delta, key, value, row, head, k_b, k_h, k_t, v_b, v_h, v_t,
     start, tiles, low, high, first, limit, scale, cap_in, cap_out,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient that a tile of queries from ``first`` on gets from the keys [low, high) less than ``limit`` back."""
@@ -63,20 +62,20 @@ def pull(
         j = start + t * BLOCK_N
         k = tile_of(key, row, head, k_b, k_h, k_t, j, low, high, DIM, BLOCK_D, BLOCK_N, TMA)
         v = tile_of(value, row, head, v_b, v_h, v_t, j, low, high, VALUE_DIM, BLOCK_V, BLOCK_N, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         p, slope = weights_of(s, lse[:, None], scale, cap_in, cap_out, SOFTCAP)
         if (j < whole_from) | (j + BLOCK_N > whole_to):
             index = j + n
             distance = (first + m % BLOCK_Q)[:, None] - index[None, :]
             seen = (distance >= 0) & (distance < limit) & ((index >= low) & (index < high))[None, :]
             p = tl.where(seen, p, 0.0)
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None]) * slope
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     return acc
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sink", "recent"])
 def query_gradient_kernel(
     q_ptr, key, value, out_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, g_b, g_h, g_t, dq_b, dq_h, dq_t,
@@ -84,7 +83,7 @@ def query_gradient_kernel(
     R: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_Q: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, and sum(out * grad) per query, which the keys' gradient needs."""
     PACKS: tl.constexpr = (R + PACK - 1) // PACK
@@ -123,20 +122,20 @@ def query_gradient_kernel(
     acc = pull(
         acc, q, grad, lse, delta, key, value, row, head, k_b, k_h, k_t, v_b, v_h, v_t,
         0, tl.cdiv(tl.minimum(sink, stop), BLOCK_N), 0, sink, first, 1 << 30, scale, cap_in, cap_out,
-        BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, PRECISION, TMA,
+        BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, TMA,
     )  # fmt: skip
     count = tl.maximum(tl.cdiv(stop - tl.maximum(sink, first - recent + 1), BLOCK_N), 0)
     acc = pull(
         acc, q, grad, lse, delta, key, value, row, head, k_b, k_h, k_t, v_b, v_h, v_t,
         stop - count * BLOCK_N, count, sink, tokens, first, recent, scale, cap_in, cap_out,
-        BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, PRECISION, TMA,
+        BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, TMA,
     )  # fmt: skip
     dq_row = wide_row * dq_b + q_head * dq_h + wide * dq_t
     dq = (acc * factor).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + dq_row[:, None] + d[None, :], dq, mask=d_mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "slice_tokens"])
+@triton.jit(do_not_specialize=["tokens", "slice_tokens", "heads", "sink", "recent"])
 def key_gradient_kernel(
     query, key_ptr, value_ptr, grad, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_s, dk_b, dk_h, dk_t,
@@ -144,7 +143,7 @@ def key_gradient_kernel(
     factor,
     R: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, from all queries of the group's heads that see them.
 
@@ -193,15 +192,15 @@ def key_gradient_kernel(
         inside = i + m < end
         lse = tl.load(lse_ptr + flat + m, mask=inside, other=float("inf"))
         delta = tl.load(delta_ptr + flat + m, mask=inside, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
         p, slope = weights_of(s, lse[None, :], scale, cap_in, cap_out, SOFTCAP)
         if (i < j + BLOCK_N - 1) | (i + BLOCK_Q - j > limit):
             distance = (i + m)[None, :] - key_at[:, None]
             p = tl.where((distance >= 0) & (distance < limit), p, 0.0)
-        dv_acc = tl.dot(p.to(g.dtype), g, dv_acc, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        dv_acc = tl.dot(p.to(g.dtype), g, dv_acc, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
         ds = p * (dp - delta[None, :]) * slope
-        dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc, input_precision=PRECISION)
+        dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc, input_precision="ieee")
     held = (key_at < high)[:, None]
     wide = key_at.to(tl.int64)
     wide_head = tl.cast(head, tl.int64)
@@ -214,9 +213,10 @@ def key_gradient_kernel(
 
 
 def backward_tiles(dim: int, dtype: torch.dtype, *, tma: bool, shared: int) -> tuple[Tiles, Tiles]:
-    """Tile sizes of the queries' and of the keys' kernel, from measurements on an H100; see `forward_tiles`.
+    """Tile sizes of the queries' and of the keys' kernel, from measurements on an H200; see `forward_tiles`.
 
-    Two accumulators fill the registers of the second one, hence its narrow tiles.
+    Two accumulators fill the registers of the second one, hence its narrow tiles. Two stages at most: with three and
+    the accelerator, Triton 3.6 gave wrong results for tiles of 32 queries and 64 keys.
     """
     if dtype == torch.float32:
         tiles = (Tiles(32, 1, 32, 4, 1), Tiles(32, 1, 32, 4, 1))
@@ -276,7 +276,6 @@ def gradients_of(
         "BLOCK_D": block_width(dim),
         "BLOCK_V": block_width(value_dim),
         "SOFTCAP": softcap is not None,
-        "PRECISION": precision_of(query.dtype),
         "TMA": tma,
     }
     numbers = (kv_heads, sink, recent, *score_factors(scale, softcap), scale)

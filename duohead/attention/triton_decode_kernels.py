@@ -4,6 +4,9 @@ Decode is bound by reading the cache, so everything here serves the memory syste
 memory, in 16-bit words, and become tensor-core operands in registers (`triton_decode_numbers`); scales are applied to
 scores and weights, never to keys and values. `duohead.attention.triton_decode` launches this and joins the splits.
 
+Tokens are the long side of every product and query rows the short one; scores are [N, M], sums [W, M]: few query rows
+then waste least, since the narrow side of a tensor-core tile is 8, and so do registers and softmax.
+
 Shape letters: B rows, G KV heads of one view, R query heads per KV head, Q query tokens, M rows (of Q * R) of one
 program, N slots of a tile, W words of a stored vector, J numbers of a word, S splits of one head.
 """
@@ -32,7 +35,7 @@ def _tile(
     KW: tl.constexpr, KW_PAD: tl.constexpr, KEY_GROUPS: tl.constexpr, KEY_GROUP: tl.constexpr,
     VW: tl.constexpr, VW_PAD: tl.constexpr, VALUE_GROUPS: tl.constexpr, VALUE_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the slots [start, start + BLOCK_N); ``seen`` [M, N] and ``live`` [N] only if MASKED."""
+    """Online softmax over the slots [start, start + BLOCK_N); ``seen`` [N, M] and ``live`` [N] only if MASKED."""
     slot = tl.arange(0, BLOCK_N)[:, None]
     word = tl.arange(0, KW_PAD)[None, :]
     value_slot = tl.arange(0, BLOCK_N)[None, :]
@@ -148,7 +151,7 @@ def _query_part(
     query, stride_h, stride_q, row, J: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, KW: tl.constexpr, KW_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The numbers J, NUMBERS + J, ... of each query row [M, W]: those that meet the J-th numbers of stored words."""
+    """The numbers J, NUMBERS + J, ... of each query row [W, M]: those that meet the J-th numbers of stored words."""
     word = tl.arange(0, KW_PAD)[:, None]
     at = (row % GROUP) * stride_h + (row // GROUP) * stride_q
     mask = (row < ROWS)[None, :] & (word < KW)
@@ -160,7 +163,7 @@ def _put(
     partial, row, ROWS: tl.constexpr, value, J: tl.constexpr,
     NUMBERS: tl.constexpr, VW: tl.constexpr, VW_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Store the J-th numbers [M, W] of the weighted values of one split."""
+    """Store the J-th numbers [W, M] of the weighted values of one split."""
     word = tl.arange(0, VW_PAD)[:, None]
     mask = (row < ROWS)[None, :] & (word < VW)
     tl.store(partial + row[None, :] * (NUMBERS * VW) + (NUMBERS * word + J), value, mask=mask)

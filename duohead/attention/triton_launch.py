@@ -25,7 +25,6 @@ from duohead.attention.triton_tiles import (
     descriptor,
     forward_tiles,
     on_device,
-    precision_of,
     rows_contiguous,
     score_factors,
     shared_memory,
@@ -36,23 +35,24 @@ from duohead.cache.view import KeysAndValues, MaskedPiece
 
 
 @triton.jit
-def scores(q, k, cap_in, cap_out, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def scores(q, k, cap_in, cap_out, SOFTCAP: tl.constexpr):
     """Raw scores, or capped ones where the model bends them."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    # fp32 stays fp32, which is also all that some AMD chips know; half precision does not care.
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         s = tanh(s * cap_in) * cap_out
     return s
 
 
 @triton.jit
-def absorb(acc, total, top, s, v, scale, PRECISION: tl.constexpr):
+def absorb(acc, total, top, s, v, scale):
     """One tile of scores joins the running softmax (base 2: ``scale`` includes log2 e); masked scores are -inf."""
     # The first maximum is a finite number, so a row that has seen nothing yet adds exact zeros.
     best = tl.maximum(top, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - best[:, None])
     fade = tl.exp2(top - best)
     total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, total, best
 
 
@@ -61,7 +61,7 @@ def visit(
     acc, total, top, q, key, value, row, head, k_b, k_h, k_t, v_b, v_h, v_t,
     start, tiles, low, high, own, limit, scale, cap_in, cap_out,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """The keys [start, start + tiles * BLOCK_N), as far as they lie in [low, high) and less than ``limit`` back.
@@ -76,18 +76,22 @@ def visit(
         j = start + t * BLOCK_N
         k = tile_of(key, row, head, k_b, k_h, k_t, j, low, high, DIM, BLOCK_D, BLOCK_N, TMA)
         v = tile_of(value, row, head, v_b, v_h, v_t, j, low, high, VALUE_DIM, BLOCK_V, BLOCK_N, TMA)
-        s = scores(q, k, cap_in, cap_out, SOFTCAP, PRECISION)
+        s = scores(q, k, cap_in, cap_out, SOFTCAP)
         # Most tiles lie within what all their queries see: those pay one branch instead of a mask.
         if (j < whole_from) | (j + BLOCK_N > whole_to):
             index = j + n
             distance = (own + m % BLOCK_Q)[:, None] - index[None, :]
             seen = (distance >= 0) & (distance < limit) & ((index >= low) & (index < high))[None, :]
             s = tl.where(seen, s, float("-inf"))
-        acc, total, top = absorb(acc, total, top, s, v, scale, PRECISION)
+        acc, total, top = absorb(acc, total, top, s, v, scale)
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "past"])
+# Numbers that change from call to call must not make another kernel each: that stalls a prefill for seconds.
+_NUMBERS = "queries keys slots past heads rows sink reach window pos_b ppos_b".split()
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def attend_kernel(
     q_ptr, out_ptr, lse_ptr, key, value, sink_key, sink_value, past_key, past_value,
     past_key_ptr, past_value_ptr, position_ptr, past_position_ptr, heads_ptr, logit_ptr, carry_ptr,
@@ -101,7 +105,7 @@ def attend_kernel(
     POSITIONS: tl.constexpr, HEADS: tl.constexpr, LOGITS: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, PAST: tl.constexpr, NEW: tl.constexpr,
     CARRY_IN: tl.constexpr, CARRY_OUT: tl.constexpr, LSE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_Q queries of PACK query heads that share a KV head.
 
@@ -180,7 +184,7 @@ def attend_kernel(
         acc, total, top = visit(
             acc, total, top, q, sink_key, sink_value, row, head, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
             0, count, 0, slots, position, window, scale, cap_in, cap_out,
-            BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, PRECISION, TMA,
+            BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, TMA,
         )  # fmt: skip
     if PAST != 0:
         past_position = past_position_ptr + wide_row * ppos_b
@@ -197,7 +201,7 @@ def attend_kernel(
             acc, total, top = visit(
                 acc, total, top, q, past_key, past_value, row, head, pk_b, pk_h, pk_t,
                 pv_b, pv_h, pv_t, start, count, low, past, 1 << 29, 1 << 30, scale, cap_in, cap_out,
-                BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, PRECISION, TMA,
+                BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, TMA,
             )  # fmt: skip
         elif oldest >= 0:
             begin = past
@@ -212,11 +216,11 @@ def attend_kernel(
                             BLOCK_N, False)  # fmt: skip
                 v = tile_of(past_value_ptr, row, head, pv_b, pv_h, pv_t, j, 0, past, VALUE_DIM,
                             BLOCK_V, BLOCK_N, False)  # fmt: skip
-                s = scores(q, k, cap_in, cap_out, SOFTCAP, PRECISION)
+                s = scores(q, k, cap_in, cap_out, SOFTCAP)
                 distance = (position + m % BLOCK_Q)[:, None] - held[None, :]
                 seen = usable[None, :] & (distance >= 0) & (distance < reach)
                 s = tl.where(seen, s, float("-inf"))
-                acc, total, top = absorb(acc, total, top, s, v, scale, PRECISION)
+                acc, total, top = absorb(acc, total, top, s, v, scale)
     if NEW:
         low = tl.maximum(sink - base, 0)
         stop = tl.minimum(first + BLOCK_Q, queries) + offset
@@ -225,7 +229,7 @@ def attend_kernel(
         acc, total, top = visit(
             acc, total, top, q, key, value, row, head, k_b, k_h, k_t, v_b, v_h, v_t,
             stop - count * BLOCK_N, count, low, keys, own, reach, scale, cap_in, cap_out,
-            BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, PRECISION, TMA,
+            BLOCK_Q, BLOCK_N, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, SOFTCAP, TMA,
         )  # fmt: skip
 
     if CARRY_OUT:
@@ -352,7 +356,7 @@ class Launch:
                 SOFTCAP=self.softcap is not None, SINKS=sinks is not None,
                 PAST=0 if past is None else 2 if self.banded else 1, NEW=new,
                 CARRY_IN=resume, CARRY_OUT=suspend, LSE=self.lse is not None,
-                PRECISION=precision_of(query.dtype), TMA=tma, **tiles.options(),
+                TMA=tma, **tiles.options(),
             )  # fmt: skip
 
 

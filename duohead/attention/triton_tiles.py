@@ -28,6 +28,8 @@ MAX_HEAD_SIZE = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What every GPU that Triton serves has for one program, in bytes; more is asked of the device.
 _LEAST_SHARED = 48 << 10
+# Bytes of a line of shared memory as the accelerator swizzles it, at most.
+_LINE = 128
 
 
 @triton.jit
@@ -123,22 +125,22 @@ def forward_tiles(
         shared: shared memory of a program in bytes.
     """
     pack = pack_of(group, 4)
+    two = min(pack, 2)
     if dtype == torch.float32:
-        tiles = Tiles(32, 1, 32, 4, 1)
-    elif banded and pack == 1:
-        tiles = Tiles(64, 1, 64, 4, 2 if tma else 3)
+        tiles = Tiles(32, two, 32, 4 * two, two)
     elif dim > 128:
-        tiles = Tiles(64, 2, 64, 8, 2) if banded else Tiles(128, 1, 64, 8, 2)
+        tiles = Tiles(128 // two, two, 64, 8, 2) if banded else Tiles(128, 1, 64, 8, 2)
+    elif banded and pack == 1:
+        # Without heads to pack, a wide tile would visit a wider band in vain.
+        tiles = Tiles(64, 1, 64, 4, 2 if tma and (dim <= 64 or queries < 64) else 3)
     elif dim <= 64:
         tiles = (
             Tiles(64, 2, 64, 4, 3) if banded else Tiles(128, 1, 64, *((8, 4) if tma else (4, 3)))
         )
-    elif tma:
-        tiles = Tiles(64, 2, 64, 4, 2) if banded else Tiles(128, 1, 64, 8, 3)
     elif banded:
-        tiles = Tiles(128 // pack, pack, 32, 8, 3, 128)
+        tiles = Tiles(64, 2, 64, 4, 2) if tma else Tiles(128 // pack, pack, 32, 8, 3, 128)
     else:
-        tiles = Tiles(128 // min(2, pack), min(2, pack), 64, 8, 3)
+        tiles = Tiles(128 // two, two, 64, 8, 3)
     count = max(16, triton.next_power_of_2(queries))
     if count < tiles.queries:
         # What few queries leave empty, more heads of the group may fill.
@@ -192,20 +194,20 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float, fl
     return LOG2E, scale / softcap, softcap
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How matrix units take fp32; half precision does not care."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def accelerated(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can load all of [B, G, T, D]: Hopper, and all in units of 16 bytes."""
-    if torch.version.hip or any(not x.is_cuda for x in tensors):
+    """Whether the tensor memory accelerator shall load all of [B, G, T, D].
+
+    It needs Hopper or newer and everything in units of 16 bytes. It does not pay for fp32, which has no matrix units to
+    feed (H200, backward pass: 13 ms by pointers, 32 ms by descriptors), nor for rows shorter than its lines.
+    """
+    if torch.version.hip or any(not x.is_cuda or x.itemsize > 2 for x in tensors):
         return False
     if torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return all(
         x.data_ptr() % 16 == 0
         and x.numel() > 0
+        and x.shape[-1] * x.itemsize >= _LINE
         and all(step > 0 and step * x.itemsize % 16 == 0 for step in x.stride()[:3])
         for x in tensors
     )

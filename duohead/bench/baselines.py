@@ -71,10 +71,11 @@ def attend(
         if name == "fa4":
             return _fa4(query, keys, values, scale=scale)
         return _sdpa(name, query, keys, values, scale=scale)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Unavailable):
         raise
-    except RuntimeError as error:
-        raise Unavailable(" ".join(str(error).split())[:200]) from error
+    except Exception as error:  # each library has its own ways to refuse
+        reason = " ".join(str(error).split())[:200]
+        raise Unavailable(f"{type(error).__name__}: {reason}") from error
 
 
 def _sdpa(name: str, query: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:

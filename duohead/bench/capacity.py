@@ -7,6 +7,9 @@ it, decodes at that length, and shows that a few per cent more do not fit.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,9 +20,11 @@ from duohead.bench.jobs import Job, read_bytes
 from duohead.bench.kernels import OUT_OF_MEMORY
 from duohead.bench.model import (
     BURST,
-    BURSTS,
+    STEPS,
+    WARM_CHUNK,
     ModelBench,
     decode_timing,
+    mean_length,
     peak_bytes,
     release,
     reset_peak,
@@ -32,11 +37,14 @@ from duohead.cache import DuoCache
 from duohead.models.engine import REHEARSAL
 from duohead.policy import HeadPolicy
 
+logger = logging.getLogger(__name__)
 # The CUDA context, loaded kernels, libraries' workspaces and captured graphs.
 RUNTIME_BYTES = 768 * 2**20
 # More than the estimate by this share must not fit, or the estimate is too low.
 MARGIN = 0.03
 MOST_TOKENS = 1 << 40
+# What is tried if the estimate does not fit, as shares taken off it.
+BACKWARDS = (0.0, 0.01, 0.02, 0.03)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class CapacityResult:
     beyond_fits: bool | None = None
     prefill_tokens: int = 0
     prefill_seconds: float | str | None = None
-    prefill_decode_ms: float | None = None
+    prefill_peak_bytes: int = 0
     prepare_seconds: float = 0.0
     error: float | None = None
     budget: float | None = None
@@ -166,7 +174,7 @@ class CapacityResult:
             found |= {
                 "prefill_tokens": self.prefill_tokens,
                 "prefill_seconds": self.prefill_seconds,
-                "prefill_decode_ms": self.prefill_decode_ms,
+                "prefill_peak_bytes": self.prefill_peak_bytes,
             }
         return found
 
@@ -178,8 +186,11 @@ def measure_capacity(
     memory_bytes: int,
     tokens: int | None = None,
     prefill: int = 0,
-) -> CapacityResult:
-    """Estimate, allocate, fill, decode; then a real prefill, if asked for, on the same cache.
+) -> Iterator[CapacityResult]:
+    """Estimate, allocate, fill, decode; then a real prefill, if asked for; then try a few per cent more.
+
+    If the estimate turns out too high, lengths down to MARGIN below it are tried. The prefill has a cache of its own
+    and is not compiled: it shows that the pipeline holds, not how fast it can be.
 
     Args:
         bench: builds the model.
@@ -188,89 +199,117 @@ def measure_capacity(
         tokens: length to measure at; None for the estimate.
         prefill: tokens of a real prefill; 0 for none.
 
+    Yields:
+        The result after every stage, each with all that was measured before.
+
     Raises:
         ValueError: the weights do not fit, or the model's logits are off.
     """
-    made = config(job.model)
-    chunk = job.chunk if prefill else 1
     found = estimate(
-        made,
+        config(job.model),
         replace(job.policy(), native_dtype=str(bench.dtype).removeprefix("torch.")),
         memory_bytes=memory_bytes,
         weights=job.weights,
-        chunk=chunk,
         batch=job.batch,
     )
     model = bench.model(job.model, job.weights)
     policy = job.policy().bind(model)
-    length = tokens or found.tokens
     whole, read = weight_bytes(model)
-    result = CapacityResult(job, policy, found, length, OUT_OF_MEMORY, whole, read)
     error, budget = verify(model, policy, impl=job.impl)
-    result = replace(result, error=error, budget=budget)
-    release(bench.device)
-    reset_peak(bench.device)
-    try:
-        result = _measured(result, model, bench.device, prefill)
-    except torch.OutOfMemoryError:
-        return result
-    finally:
-        release(bench.device)
-    if bench.device.type == "cuda" and tokens is None and not isinstance(result.timing, str):
-        beyond = int(length * (1 + MARGIN))
-        fits = _fits(policy, model, beyond, job.batch)
-        result = replace(result, beyond=beyond, beyond_fits=fits)
-    return result
-
-
-def _measured(
-    result: CapacityResult, model: Any, device: torch.device, prefill: int
-) -> CapacityResult:
-    job = result.job
-    subject = EngineRunner(
-        model,
-        result.policy,
-        batch=job.batch,
-        max_length=result.tokens,
-        compile=job.compile,
-        impl=job.impl,
+    result = CapacityResult(
+        job, policy, found, found.tokens, OUT_OF_MEMORY, whole, read, error=error, budget=budget
     )
+    for length in [tokens] if tokens else [int(found.tokens * (1 - step)) for step in BACKWARDS]:
+        result = replace(result, tokens=length)
+        with _running(result, model, bench.device, tokens=length, compile=job.compile) as subject:
+            if subject is None:
+                continue
+            try:
+                result = _decoded(result, subject, bench.device)
+            except torch.OutOfMemoryError:
+                continue
+            yield result
+        break
+    if isinstance(result.timing, str):
+        yield result
+    if prefill:
+        result = _with_prefill(result, model, bench.device, prefill)
+        yield result
+    if isinstance(result.timing, str):
+        return
+    if bench.device.type == "cuda" and tokens is None:
+        beyond = int(found.tokens * (1 + MARGIN))
+        yield replace(result, beyond=beyond, beyond_fits=_fits(policy, model, beyond, job.batch))
+
+
+@contextmanager
+def _running(
+    result: CapacityResult,
+    model: Any,
+    device: torch.device,
+    *,
+    tokens: int,
+    compile: bool | str,
+) -> Iterator[EngineRunner | None]:
+    """An engine with a cache of ``tokens``, or None if that does not fit; memory is given back afterwards."""
+    job, subject = result.job, None
+    release(device)
+    reset_peak(device)
     try:
-        subject.prepare()
-        subject.fill(result.tokens - BURST * BURSTS)
-        timing = decode_timing(subject, device=device)
-        result = replace(
-            result,
-            timing=timing,
-            kv_bytes=subject.kv_bytes(),
-            kv_bytes_read=read_bytes(result.policy, result.tokens, job.batch),
-            peak_bytes=peak_bytes(device),
-            free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0,
-            prepare_seconds=subject.prepare_seconds,
-        )
-        return _with_prefill(result, subject, device, prefill) if prefill else result
+        with suppress(torch.OutOfMemoryError):
+            subject = EngineRunner(
+                model,
+                result.policy,
+                batch=job.batch,
+                max_length=tokens,
+                compile=compile,
+                impl=job.impl,
+            )
+        yield subject
     finally:
-        subject.close()
+        if subject is not None:
+            subject.close()
+        release(device)
+
+
+def _decoded(result: CapacityResult, subject: EngineRunner, device: torch.device) -> CapacityResult:
+    """The same with the time of a decode step that ends at the last token."""
+    subject.fill(max(result.tokens - STEPS, 1))
+    timing = decode_timing(subject, device=device)
+    return replace(
+        result,
+        timing=timing,
+        kv_bytes=subject.kv_bytes(),
+        kv_bytes_read=read_bytes(result.policy, mean_length(result.tokens), result.job.batch),
+        peak_bytes=peak_bytes(device),
+        free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0,
+        prepare_seconds=subject.prepare_seconds,
+    )
 
 
 def _with_prefill(
-    result: CapacityResult, subject: EngineRunner, device: torch.device, count: int
+    result: CapacityResult, model: Any, device: torch.device, count: int
 ) -> CapacityResult:
-    """The same with a real prefill of ``count`` tokens, and a decode step after it."""
-    vocabulary = subject.engine.model.config.vocab_size
-    tokens = torch.randint(vocabulary, (result.job.batch, count), device=device)
-    try:
-        _, spent = first_run(lambda: subject.prefill(tokens, result.job.chunk), device=device)
-        after = decode_timing(subject, device=device)
-    except torch.OutOfMemoryError:
-        return replace(result, prefill_tokens=count, prefill_seconds=OUT_OF_MEMORY)
-    return replace(
-        result,
-        prefill_tokens=count,
-        prefill_seconds=spent / 1000,
-        prefill_decode_ms=after.median_ms,
-        peak_bytes=peak_bytes(device),
-    )
+    """The same with a real prefill of ``count`` tokens and a few decode steps after it, or the reason why not."""
+    result = replace(result, prefill_tokens=count, prefill_seconds=OUT_OF_MEMORY)
+    tokens = torch.randint(model.config.vocab_size, (result.job.batch, count), device=device)
+    step = min(result.job.chunk, WARM_CHUNK)
+    with _running(result, model, device, tokens=count + BURST, compile=False) as subject:
+        if subject is None:
+            return result
+        try:
+            subject.prefill(tokens[:, : 2 * step], step)  # compiles kernels
+            release(device)
+            _, spent = first_run(lambda: subject.prefill(tokens, result.job.chunk), device=device)
+            subject.steps(BURST)
+        except torch.OutOfMemoryError:
+            return result
+        except Exception as error:
+            # What was measured before is worth keeping.
+            logger.warning("prefill of %d tokens failed", count, exc_info=error)
+            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return replace(result, prefill_seconds=reason)
+        return replace(result, prefill_seconds=spent / 1000, prefill_peak_bytes=peak_bytes(device))
 
 
 def _fits(policy: HeadPolicy, model: Any, tokens: int, batch: int) -> bool:

@@ -123,7 +123,7 @@ def capacity_lines(result: CapacityResult, limits: Ceilings) -> list[str]:
         told = (
             told
             if isinstance(told, str)
-            else f"{told:.1f} s, then {result.prefill_decode_ms:.2f} ms a token"
+            else f"{told:.1f} s, peak {gib(result.prefill_peak_bytes)}"
         )
         lines.append(f"prefill of {result.prefill_tokens:,} tokens: {told}")
     return lines

@@ -27,7 +27,7 @@ class Case:
         length: tokens in all, the new ones included.
         heads, kv_heads, head_dim, batch: the layer and the rows.
         sink, recent: window of streaming heads.
-        retrieval_ratio: share of KV heads that keep everything; ignored by "streaming".
+        retrieval_ratio: share of KV heads that keep everything; 0 for "streaming", whatever is given.
         queries: new tokens of decode and append; the other operations take all that follow ``past``.
         past: tokens that prefill finds in the cache.
         retrieval_dtype, streaming_dtype: storage (`duohead.codec.NAMES`).
@@ -67,6 +67,8 @@ class Case:
                 f"the new tokens must be at least 1 and fit --lengths {self.length}, got --past {self.past} and "
                 f"--queries {self.queries}"
             )
+        if self.op == "streaming":
+            object.__setattr__(self, "retrieval_ratio", 0.0)
         self.policy()  # checks the storage names
 
     @property
@@ -76,7 +78,7 @@ class Case:
 
     def policy(self) -> HeadPolicy:
         """Policy of the one layer; the retrieval heads lie spread among the others, as identified ones do."""
-        count = 0 if self.op == "streaming" else round(self.retrieval_ratio * self.kv_heads)
+        count = round(self.retrieval_ratio * self.kv_heads)
         return HeadPolicy.from_heads(
             retrieval=[[index * self.kv_heads // count for index in range(count)]],
             num_kv_heads=self.kv_heads,

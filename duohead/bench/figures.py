@@ -106,17 +106,26 @@ def _decode_kernels(records: Sequence[Record]) -> Iterator[Figure]:
     picture = Figure(
         "decode-kernels",
         "Decode attention against the fastest full attention",
-        "One layer, 32 query heads, 8 KV heads of size 128, one row: how many times faster.",
+        "One layer, 32 query heads, 8 KV heads of size 128, one row: how many times faster, by share of retrieval "
+        "heads and storage (mixed: retrieval heads in fp8, streaming heads in int4).",
         "tokens in the cache",
         "times faster",
         "x",
         doubling=True,
     )
+    # The page draws the first few lines only.
+    first = ("100% bf16", "50% bf16", "100% int4", "50% mixed")
+    for line in first:
+        picture.series[line] = {}
     for entry in newest(records, "decode"):
         shape = entry["shape"]
         if _plain(shape) and "speedup" in entry["numbers"]:
-            line = f"{shape['retrieval_ratio']:.0%} {stored_as(shape)}"
+            stored = stored_as(shape)
+            line = f"{shape['retrieval_ratio']:.0%} {'mixed' if '/' in stored else stored}"
             picture.add(line, shape["length"], entry["numbers"]["speedup"])
+    for line in first:
+        if not picture.series[line]:
+            del picture.series[line]
     yield picture
 
 
@@ -159,10 +168,11 @@ def _model_decode(records: Sequence[Record]) -> Iterator[Figure]:
             shape, numbers = entry["shape"], entry["numbers"]
             if entry["impl"] == "duo" and shape["retrieval_ratio"] != ratio:
                 continue
-            told = time_of(entry, "decode")
-            time.add(entry["impl"], shape["length"], told)
-            size = told if isinstance(told, str) else numbers["peak_bytes"] / GIB
-            memory.add(entry["impl"], shape["length"], size)
+            told, line = time_of(entry, "decode"), _line(entry)
+            time.add(line, shape["length"], told)
+            if shape.get("room", 0) <= shape["length"]:  # else the cache was made for more
+                size = told if isinstance(told, str) else numbers["peak_bytes"] / GIB
+                memory.add(line, shape["length"], size)
         yield time
         if any(sum(points.values()) for points in memory.series.values()):
             yield memory
@@ -184,7 +194,7 @@ def _model_prefill(records: Sequence[Record]) -> Iterator[Figure]:
         for entry in entries:
             told = time_of(entry, "prefill")
             seconds = told / 1000 if isinstance(told, float | int) else told
-            picture.add(entry["impl"], entry["shape"]["chunk"], seconds)
+            picture.add(_line(entry), entry["shape"]["chunk"], seconds)
         yield picture
 
 
@@ -218,6 +228,11 @@ def _by_model(entries: Sequence[Record]) -> dict[str, list[Record]]:
         if entry["shape"].get("weights", "bf16") == "bf16":
             groups[entry["shape"]["model"]].append(entry)
     return groups
+
+
+def _line(entry: Record) -> str:
+    """A method's name, short enough to stand beside its line."""
+    return "HF SDPA" if entry["impl"] == "transformers" else str(entry["impl"])
 
 
 def _main_ratio(entries: Sequence[Record]) -> float:

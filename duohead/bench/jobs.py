@@ -33,6 +33,8 @@ class Job:
         batch: rows.
         weights: "bf16" or "int8".
         compile: what `Engine` takes.
+        room: tokens that the cache is allocated for, if more than ``length``; jobs in a row that differ in nothing else
+            share one engine then, which compiles once.
         impl: attention implementation of the engine.
     """
 
@@ -50,6 +52,7 @@ class Job:
     weights: str = "bf16"
     compile: bool | str = "auto"
     impl: str = "auto"
+    room: int = 0
 
     def __post_init__(self) -> None:
         for name, word, known in (
@@ -136,16 +139,11 @@ def preset(name: str) -> list[Job]:
 
 def _decode_table() -> Iterator[Job]:
     """Issue 3, engine: decode steps against the floor, and duo against full in the same engine."""
-    llama = Job("decode", "full", "llama-3-8b", 128 * K)
-    yield replace(llama, method="transformers")
-    for method, length in (
-        ("full", 128 * K),
-        ("duo", 128 * K),
-        ("full", 400 * K),
-        ("duo", 400 * K),
-        ("duo", 512 * K),
-    ):
-        yield replace(llama, method=method, length=length)
+    llama = Job("decode", "transformers", "llama-3-8b", 128 * K)
+    yield llama
+    for method, lengths in (("full", (128, 400)), ("duo", (128, 400, 512))):
+        for length in lengths:
+            yield replace(llama, method=method, length=length * K, room=lengths[-1] * K)
     mha = Job("decode", "full", "llama-2-7b", 100 * K, retrieval_ratio=0.25)
     yield mha
     yield replace(mha, method="duo")
@@ -161,14 +159,14 @@ def _prefill_table() -> Iterator[Job]:
 
 def _long_prefill() -> Iterator[Job]:
     """Issue 3, engine: 320K tokens in chunks of 32K and 128K."""
-    for chunk in (32 * K, 128 * K):
-        for method in ("duo", "full"):
+    for method in ("duo", "full"):
+        for chunk in (32 * K, 128 * K):
             yield Job("prefill", method, "llama-3-8b", 320 * K, chunk)
 
 
 def _mha_prefill() -> Iterator[Job]:
-    for chunk in (10 * K, 25 * K, 50 * K, 100 * K):
-        for method in ("full", "duo"):
+    for method in ("full", "duo"):
+        for chunk in (10 * K, 25 * K, 50 * K, 100 * K):
             yield Job("prefill", method, "llama-2-7b", 100 * K, chunk, retrieval_ratio=0.25)
 
 
@@ -186,8 +184,8 @@ def _paper_decode() -> Iterator[Job]:
 def _paper_prefill() -> Iterator[Job]:
     """The paper's prefill figure: time against chunk size."""
     yield from _mha_prefill()
-    for chunk in (10 * K, 25 * K, 50 * K, 100 * K):
-        for method in ("full", "duo"):
+    for method in ("full", "duo"):
+        for chunk in (10 * K, 25 * K, 50 * K, 100 * K):
             yield Job("prefill", method, "llama-3-8b", 100 * K, chunk)
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from duohead.attention import choose
 from duohead.bench.cases import Case
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-# Decode steps of one run, whose mean is one time, and runs; the first run is not counted.
+# Decode steps of one run, whose mean is one time, runs, and all steps; the first run is not counted.
 BURST, BURSTS = 8, 8
+STEPS = BURST * BURSTS
 # The rehearsal reads two chunks of at most so many tokens: one without a past and one with.
 WARM_CHUNK = 8192
 
@@ -129,11 +131,13 @@ class ModelBench:
         self.device, self.dtype, self.seconds = device, dtype, seconds
         self._built: tuple[str, str] | None = None
         self._model: Any = None
+        self._kept: _Kept | None = None
         self._checked: dict[tuple[str, ...], tuple[float, float]] = {}
 
     def model(self, name: str, weights: str) -> PreTrainedModel:
         """The model of a preset; the one before it is dropped first."""
         if self._built != (name, weights):
+            self.drop()
             self._model, self._built = None, None
             release(self.device)
             self._model = build(name, device=self.device, dtype=self.dtype, weights=weights)
@@ -149,6 +153,7 @@ class ModelBench:
         try:
             return self.share(job) if job.measure == "share" else self._timed(job)
         except Exception as error:
+            self.drop()
             if strict:
                 raise
             logger.warning("%s failed", job, exc_info=error)
@@ -156,6 +161,8 @@ class ModelBench:
             kind = ShareResult if job.measure == "share" else ModelResult
             return kind(job, job.policy(), reason)
         finally:
+            if job.method == "transformers":
+                self.drop()
             release(self.device)
 
     def _timed(self, job: Job) -> ModelResult:
@@ -172,10 +179,12 @@ class ModelBench:
             reset_peak(self.device)
             return self._with_runner(failed, model)
         except torch.OutOfMemoryError:
+            self.drop()
             return failed
 
     def share(self, job: Job) -> ShareResult:
         """Streaming heads' part of the attention time of one layer's prefill."""
+        self.drop()
         made = config(job.model)
         case = Case(
             "prefill",
@@ -203,68 +212,95 @@ class ModelBench:
         """Error and budget of the model's logits under this policy, looked at once."""
         key = (job.model, job.weights, policy.digest(), job.impl)
         if key not in self._checked:
+            self.drop()
             self._checked[key] = verify(model, policy, impl=job.impl)
         return self._checked[key]
 
     def _with_runner(self, blank: ModelResult, model: PreTrainedModel) -> ModelResult:
         job = blank.job
-        room = job.length + (BURST * BURSTS if job.measure == "decode" else 0)
-        subject = runner(
-            job.method,
-            model,
-            blank.policy,
-            batch=job.batch,
-            max_length=room,
-            compile=job.compile,
-            impl=job.impl,
+        kept = self._runner(job, blank.policy, model)
+        measured = self._prefill if job.measure == "prefill" else self._decode
+        return replace(
+            blank,
+            timing=measured(job, kept),
+            kv_bytes=kept.runner.kv_bytes(),
+            kv_bytes_read=read_bytes(blank.policy, mean_length(job.length), job.batch),
+            peak_bytes=peak_bytes(self.device),
+            prepare_seconds=kept.runner.prepare_seconds,
         )
-        try:
-            timing = (
-                self._prefill(job, subject)
-                if job.measure == "prefill"
-                else self._decode(job, subject)
-            )
-            return replace(
-                blank,
-                timing=timing,
-                kv_bytes=subject.kv_bytes(),
-                kv_bytes_read=read_bytes(blank.policy, job.length, job.batch),
-                peak_bytes=peak_bytes(self.device),
-                prepare_seconds=subject.prepare_seconds,
-            )
-        finally:
-            subject.close()
 
-    def _prefill(self, job: Job, subject: Runner) -> Timing:
+    def _runner(self, job: Job, policy: HeadPolicy, model: PreTrainedModel) -> _Kept:
+        """The runner of the job before, if it does for this one too, else a new one."""
+        room = max(job.room, job.length)
+        key = (job.method, policy.digest(), job.batch, job.compile, job.impl, room, job.measure)
+        if self._kept is None or self._kept.key != key:
+            self.drop()
+            made = runner(
+                job.method,
+                model,
+                policy,
+                batch=job.batch,
+                max_length=room,
+                compile=job.compile,
+                impl=job.impl,
+            )
+            self._kept = _Kept(key, made)
+        return self._kept
+
+    def drop(self) -> None:
+        """Give back the cache of the last job; the model stays."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.runner.close()
+        release(self.device)
+
+    def _prefill(self, job: Job, kept: _Kept) -> Timing:
         vocabulary = self._model.config.vocab_size
         tokens = torch.randint(vocabulary, (job.batch, job.length), device=self.device)
-        step = min(job.chunk, WARM_CHUNK)
-        rehearsal = tokens[:, : 2 * step]
-        _, first = first_run(lambda: subject.prefill(rehearsal, step), device=self.device)
+        subject = kept.runner
+        if kept.first_ms is None:
+            step = min(job.chunk, WARM_CHUNK)
+            kept.first_ms = self._clocked(subject, tokens[:, : 2 * step], step)
         reset_peak(self.device)
         times: list[float] = []
         while not times or sum(times) < 1000 * self.seconds:
-            subject.reset()
-            release(self.device)
-            times.append(
-                first_run(lambda: subject.prefill(tokens, job.chunk), device=self.device)[1]
-            )
-        return timing_of(times, first_ms=first)
+            times.append(self._clocked(subject, tokens, job.chunk))
+        return timing_of(times, first_ms=kept.first_ms)
 
-    def _decode(self, job: Job, subject: Runner) -> Timing:
-        subject.prepare()
+    def _clocked(self, subject: Runner, tokens: Tensor, chunk: int) -> float:
+        """Milliseconds of one prefill into an empty cache."""
+        subject.reset()
+        release(self.device)
+        return first_run(lambda: subject.prefill(tokens, chunk), device=self.device)[1]
+
+    def _decode(self, job: Job, kept: _Kept) -> Timing:
         reset_peak(self.device)
-        subject.fill(job.length)
-        return decode_timing(subject, device=self.device)
+        kept.runner.fill(max(job.length - STEPS, 1))
+        return decode_timing(kept.runner, device=self.device)
+
+
+@dataclass
+class _Kept:
+    """A runner, what it is for, and the milliseconds of its rehearsal once there was one."""
+
+    key: tuple[object, ...]
+    runner: Runner
+    first_ms: float | None = None
+
+
+def mean_length(length: int) -> int:
+    """Tokens that the steps counted by `decode_timing` read on average, when they end at ``length``."""
+    return max(length - (STEPS - BURST) // 2, 1)
 
 
 def decode_timing(subject: Runner, *, device: torch.device) -> Timing:
-    """Time of a decode step: runs of BURST steps one after the other on a filled cache, the first not counted."""
+    """Time of a decode step on a filled cache, the mean of BURST steps a run; STEPS in all.
+
+    The first run, which may compile and capture, is not counted; ``first_ms`` is all of it.
+    """
     found = measure(lambda: subject.steps(BURST), device=device, seconds=0.0, least=BURSTS - 1)
-    per_step: dict[str, Any] = {
-        name: value / BURST for name, value in asdict(found).items() if name.endswith("_ms")
-    }
-    return replace(found, **per_step)
+    median, low, high = (ms / BURST for ms in (found.median_ms, found.p20_ms, found.p80_ms))
+    return replace(found, median_ms=median, p20_ms=low, p80_ms=high)
 
 
 def release(device: torch.device) -> None:

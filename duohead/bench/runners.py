@@ -31,9 +31,6 @@ class Runner(Protocol):
     def prepare_seconds(self) -> float:
         """Time spent on compiling and capturing so far."""
 
-    def prepare(self) -> None:
-        """Compile and capture what the steps need."""
-
     def prefill(self, tokens: Tensor, chunk: int) -> None:
         """Feed a prompt [B, tokens] into an empty cache, ``chunk`` tokens at a time."""
 
@@ -80,10 +77,6 @@ class EngineRunner:
         """Time spent on compiling and capturing so far."""
         return float(self.engine.prepare_seconds)
 
-    def prepare(self) -> None:
-        """Compile and capture, with an empty cache."""
-        self.engine.prepare()
-
     def prefill(self, tokens: Tensor, chunk: int) -> None:
         """Feed a prompt, token-exact."""
         self.engine.reset()
@@ -124,9 +117,6 @@ class TransformersRunner:
     def prepare_seconds(self) -> float:
         """None is spent."""
         return 0.0
-
-    def prepare(self) -> None:
-        """Nothing is compiled."""
 
     def reset(self) -> None:
         """Start with a fresh cache."""

@@ -7,6 +7,7 @@ which go many times into one CUDA graph, since launching one from Python costs m
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ import torch
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
 # A replay this long hides the cost of starting it; longer calls gain nothing from a graph.
 REPLAY_MS = 2.0
 MAX_GRAPH_CALLS = 256
@@ -62,6 +64,7 @@ def measure_rotated(
     """Time one of several equal calls on different inputs, taken in turn so that no input waits in a cache.
 
     On a GPU, calls shorter than REPLAY_MS are captured in a CUDA graph that goes through all of them at least once.
+    What cannot be captured runs as often one after the other; ``graph_calls`` is 0 then, and the log says why.
 
     Args:
         calls: the same work on different memory; enough of them that what lies between two uses of the same input
@@ -85,10 +88,10 @@ def measure_rotated(
         return timing_of(_runs(turn, clock, seconds, least), first_ms=first)
     rounds = math.ceil(REPLAY_MS / max(warm, REPLAY_MS / MAX_GRAPH_CALLS) / len(calls))
     count = rounds * len(calls)
-    graph = _captured(calls, rounds)
-    clock(graph.replay)
-    times = [run / count for run in _runs(graph.replay, clock, seconds, least)]
-    return timing_of(times, first_ms=first, graph_calls=count)
+    replay, captured = _captured(calls, rounds)
+    clock(replay)
+    times = [run / count for run in _runs(replay, clock, seconds, least)]
+    return timing_of(times, first_ms=first, graph_calls=count if captured else 0)
 
 
 def first_run(call: Callable[[], Result], *, device: torch.device) -> tuple[Result, float]:
@@ -114,8 +117,16 @@ def input_sets(bytes_read: int, cache_bytes: int, *, most: int = 16) -> int:
     return min(most, 1 + math.ceil(2 * cache_bytes / max(bytes_read, 1)))
 
 
-def _captured(calls: Sequence[Callable[[], object]], rounds: int) -> torch.cuda.CUDAGraph:
-    """A graph of every call ``rounds`` times; each ran once before, so that nothing compiles during the capture."""
+def _captured(
+    calls: Sequence[Callable[[], object]], rounds: int
+) -> tuple[Callable[[], object], bool]:
+    """Every call ``rounds`` times as one, and whether that is a graph; nothing compiles during the capture."""
+
+    def everything() -> None:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -124,11 +135,16 @@ def _captured(calls: Sequence[Callable[[], object]], rounds: int) -> torch.cuda.
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    return graph
+    try:
+        with torch.cuda.graph(graph):
+            everything()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        logger.warning("timed without a CUDA graph: %s", " ".join(str(error).split())[:200])
+        torch.cuda.synchronize()
+        return everything, False
+    return graph.replay, True
 
 
 def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -233,24 +233,23 @@ def _capacity(args: argparse.Namespace) -> int:
     limits = ceilings(device)
     limit_memory(device, memory)
     bench = ModelBench(device, dtype)
-    result = measure_capacity(
+    result = None
+    for result in measure_capacity(
         bench, job, memory_bytes=memory, tokens=args.tokens, prefill=args.prefill
-    )
+    ):
+        if args.json is not None:
+            write_record(
+                args.json,
+                op="capacity",
+                impl="duo",
+                shape=job.shape() | {"length": result.tokens, "chunk": job.chunk},
+                dtype=dtype,
+                policy=result.policy,
+                numbers=result.numbers(limits),
+            )
+    assert result is not None, "there is a result of every stage"
     print(*capacity_lines(result, limits), *limits_lines(limits), sep="\n")
-    if args.json is not None:
-        write_record(
-            args.json,
-            op="capacity",
-            impl="duo",
-            shape=job.shape() | {"length": result.tokens, "chunk": job.chunk},
-            dtype=dtype,
-            policy=result.policy,
-            numbers=result.numbers(limits),
-        )
     return 0
-
-
-# --- pictures
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -184,7 +184,7 @@ def add_capacity(add: Any) -> None:
     add(
         "--chunk",
         type=int,
-        default=16384,
+        default=32768,
         metavar="N",
         help="tokens per forward of it (%(default)s)",
     )

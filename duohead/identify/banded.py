@@ -1,7 +1,8 @@
 """Differentiable attention for gate training: full causal, and streaming (sinks and a band) in time linear in length.
 
-FlexAttention has no backward on CPU and a dense mask costs memory quadratic in the length, so the band is cut into
-query tiles that attend to [sink keys | band keys], all in one attention call, masked by `duohead.mask.visible`.
+On a GPU, half precision streams through the Triton kernels. Elsewhere FlexAttention has no backward and a dense mask
+costs memory quadratic in the length, so the band is cut into query tiles that attend to [sink keys | band keys], all in
+one attention call, masked by `duohead.mask.visible`.
 Use `full_attention(q, k, v, scores=Scores())` and `streaming_attention(..., sink=128, recent=256)` without padding.
 
 Shape letters: B batch, T tokens, Q query tokens, K key tokens, H query heads, G KV heads, D head size, N tiles.
@@ -9,6 +10,9 @@ Shape letters: B batch, T tokens, Q query tokens, K key tokens, H query heads, G
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from duohead.mask import visible
 
+logger = logging.getLogger(__name__)
+IMPLEMENTATIONS = ("auto", "triton", "tiles")
 # Fastest of 128, 256, 384 and 512 on CPU for sink 64-128, recent 128-256: small tiles waste least of the band.
 TILE = 128
 # Query rows whose weights are written out at a time where no fused kernel will do.
@@ -78,16 +84,34 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> Tensor
 
 
 def streaming_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, sink: int, recent: int, scores: Scores
+    q: Tensor, k: Tensor, v: Tensor, *, sink: int, recent: int, scores: Scores, impl: str = "auto"
 ) -> Tensor:
     """Attention to the first ``sink`` and the last ``recent`` tokens, token-exact.
 
     ``q`` [B, H, T, D], ``k`` and ``v`` [B, G, T, D]; returns [B, H, T, D]. With ``sink`` 0 this is a native sliding
-    window of ``recent`` tokens. Time and memory are linear in T, forward and backward.
+    window of ``recent`` tokens. Time and memory are linear in T, forward and backward. ``impl`` is "triton" (the GPU
+    kernels), "tiles" (plain PyTorch) or "auto", which logs its choice once.
+
+    Raises:
+        ValueError: unknown ``impl``, or "triton" where the kernels cannot do this; the message says why.
     """
     batch, _, length, _ = q.shape
-    if sink + recent >= length:
+    choice = _choose(impl, q, k, v, scores)
+    if sink + recent >= length and impl != "triton":
         return full_attention(q, k, v, scores=scores)
+    if choice == "triton":
+        from duohead.attention.triton_training import streaming
+
+        return streaming(
+            q,
+            k,
+            v,
+            sink=sink,
+            recent=recent,
+            scale=_scaling(q, scores),
+            softcap=scores.softcap,
+            sink_logits=scores.sinks,
+        )
     tiles = -(-length // TILE)
     back = -(-(recent - 1) // TILE)
     keys, values = (_bands(x, sink=sink, tiles=tiles, back=back) for x in (k, v))
@@ -102,6 +126,38 @@ def streaming_attention(
         out = _explicit_attention(queries, keys, values, seen, scores)
     out = out.unflatten(0, (tiles, batch)).permute(1, 2, 0, 3, 4).flatten(2, 3)
     return out[:, :, :length]
+
+
+def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> str:
+    """The implementation that ``impl`` means for these tensors; what "auto" chooses on a GPU is logged once."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    # Without matrix units for fp32, PyTorch's own products are the faster ones.
+    if impl == "tiles" or (impl == "auto" and (not q.is_cuda or q.itemsize > 2)):
+        return "tiles"
+    reason = _missing(q, k, v, scores)
+    if impl == "triton" and reason is not None:
+        raise ValueError(f"impl='triton' cannot run here: {reason}; use impl='tiles' or 'auto'")
+    choice = "triton" if reason is None else "tiles"
+    if impl == "auto":
+        because = "" if reason is None else f" ({reason})"
+        _log_once(f"streaming attention of gate training: impl={choice}{because}")
+    return choice
+
+
+def _missing(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> str | None:
+    """Why the Triton kernels cannot stream here, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from duohead.attention.triton_training import trains
+
+    scale = _scaling(q, scores)
+    return trains(q, k, v, scale=scale, softcap=scores.softcap, sink_logits=scores.sinks)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
 
 
 def _tiles(x: Tensor, count: int) -> Tensor:
@@ -170,6 +226,11 @@ def _reproducible(out: Tensor) -> Tensor:
     return out
 
 
+def _scaling(q: Tensor, scores: Scores) -> float:
+    """Factor on the scores."""
+    return q.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
+
+
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scores: Scores) -> Tensor:
     """Attention written out, for what fused kernels cannot do; softmax in at least fp32.
 
@@ -177,8 +238,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scores: S
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scaling = q.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
-    logits = (q @ k.mT) * scaling
+    logits = (q @ k.mT) * _scaling(q, scores)
     if scores.softcap is not None:
         logits = torch.tanh(logits / scores.softcap) * scores.softcap
     logits = logits.masked_fill(~seen, float("-inf"))

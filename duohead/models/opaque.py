@@ -28,7 +28,8 @@ def attend(
 
     Arguments as in `duohead.attention.prefill`; ``mask`` is the 2-D padding mask [B, tokens] or None.
     """
-    if attention.reads_storage(query, impl=impl) and can_append(handle.layer, query.shape[2]):
+    by_storage = attention.reads_storage(query, value_dim=handle.values.shape[-1], impl=impl)
+    if by_storage and can_append(handle.layer, query.shape[2]):
         stored = handle.append(mask)
         return attention.decode(
             query, stored, scale=scale, softcap=softcap, sink_logits=sink_logits

@@ -1,0 +1,219 @@
+"""How a decode call is cut into programs: tile sizes, splits of each head, launches of each segment.
+
+All of it follows from shapes and capacities, never from lengths, so that a captured CUDA graph stays valid while the
+cache fills; programs whose share is still empty leave at once. `duohead.attention.triton_decode` keeps the plans.
+
+Shape letters: B rows, H query heads, G KV heads of one view, Q query tokens, T slots of a segment, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from duohead.attention.triton_decode_numbers import NUMBERS, prescale, unit
+from duohead.cache.view import StoredView
+
+NATIVE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Rows of one program: the narrow side of a tensor-core tile, and what its registers hold.
+_LEAST_ROWS, _MAX_ROWS = (16 if torch.version.hip else 8), 64
+_MAX_SPLITS = 512
+# In the interpreter, which runs programs one after the other.
+_CPU_PROCESSORS = 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one view is cut: slots of a tile, tiles in flight, programs that share a multiprocessor, warps of each."""
+
+    block: int
+    stages: int
+    resident: int
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment of one view in one launch: its constants, and where its splits go among those of its heads."""
+
+    constants: dict[str, Any]
+    splits: int
+    offset: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a call that depends on shapes alone.
+
+    ``launches`` holds, for each launch, a part or None for every view; ``totals`` the splits of each view's heads over
+    all launches; ``starts`` the first row of partial results of each view; ``rows`` their number.
+    """
+
+    group: int
+    rows: int
+    block_m: int
+    warps: int
+    launches: tuple[tuple[Part | None, ...], ...]
+    totals: tuple[int, ...]
+    starts: tuple[int, ...]
+    partials: int
+
+
+def make_plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
+    """Tiles, splits and launches for queries [B, H, Q, D] over views that `attend` accepts."""
+    batch, heads, count, _ = query.shape
+    group = heads // sum(kv_heads(view) for view in views)
+    rows = group * count
+    block_m = min(max(_LEAST_ROWS, triton.next_power_of_2(rows)), _MAX_ROWS)
+    blocks = triton.cdiv(rows, block_m)
+    processors = _processors(query.device)
+    tiles = [_tiles(view, query, block_m) for view in views]
+    launches: list[tuple[Part | None, ...]] = []
+    totals = [0] * len(views)
+    for index in range(max(len(view.segments) for view in views)):
+        present = [number for number, view in enumerate(views) if index < len(view.segments)]
+        counts = _splits(
+            [
+                (
+                    batch * kv_heads(views[number]) * blocks,
+                    triton.cdiv(
+                        views[number].segments[index].keys[0].shape[2], tiles[number].block
+                    ),
+                    views[number].ring is not None,
+                )
+                for number in present
+            ],
+            slots=processors * min(tiles[number].resident for number in present),
+        )
+        parts: list[Part | None] = [None] * len(views)
+        for number, splits in zip(present, counts, strict=True):
+            parts[number] = Part(
+                constants=_constants(views[number], query, tiles[number]),
+                splits=splits,
+                offset=totals[number],
+                programs=batch * kv_heads(views[number]) * blocks * splits,
+            )
+            totals[number] += splits
+        launches.append(tuple(parts))
+    sizes = [
+        batch * kv_heads(view) * total * rows for view, total in zip(views, totals, strict=True)
+    ]
+    return Plan(
+        group=group,
+        rows=rows,
+        block_m=block_m,
+        warps=tiles[0].warps,
+        launches=tuple(launches),
+        totals=tuple(totals),
+        starts=tuple(sum(sizes[:number]) for number in range(len(sizes))),
+        partials=sum(sizes),
+    )
+
+
+def _splits(works: Sequence[tuple[int, int, bool]], *, slots: int) -> list[int]:
+    """Splits of each view's heads, given (heads times rows, tiles of one, is a ring) of each view in a launch.
+
+    The programs of stores that keep every token are to fill ``slots`` places in whole rounds, next to those of rings.
+    """
+    longest = max(units * tiles for units, tiles, _ in works)
+    share = max(2, min(8, triton.cdiv(longest, slots)))
+    rings = [ring and len(works) > 1 for _, _, ring in works]
+    counts = [max(1, triton.cdiv(tiles, share)) for _, tiles, _ in works]
+    taken = sum(
+        units * count
+        for (units, _, _), count, ring in zip(works, counts, rings, strict=True)
+        if ring
+    )
+    left = max(slots - taken, slots // 2)
+    return [
+        count if ring else max(1, min(_rounds(units, left), tiles, _MAX_SPLITS))
+        for (units, tiles, _), count, ring in zip(works, counts, rings, strict=True)
+    ]
+
+
+def _rounds(units: int, slots: int) -> int:
+    """Splits of ``units`` heads so that their programs fill ``slots`` places evenly, in as few rounds as that takes."""
+    if units <= slots // 4:
+        return slots // units
+    options = range(max(1, slots // units), max(1, 4 * slots // units) + 1)
+
+    def filled(splits: int) -> float:
+        rounds = units * splits / slots
+        return rounds / -(-rounds // 1)
+
+    best = max(filled(splits) for splits in options)
+    return next(splits for splits in options if filled(splits) >= 0.97 * best)
+
+
+def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:
+    """Tile sizes, from timings of all-retrieval decode at 8K to 128K tokens on an H200 (bf16 queries, head size 128).
+
+    Native: two programs of 64 slots and three stages read 98 % of what the memory gives at 128K; twice as many programs
+    in two rounds 90 %, 128 slots in two stages 82-87 %. Narrow codecs are bound by the latency between barriers, which
+    128 slots halve: 85 % for fp8, where a third program with fewer stages came to 61 %. Long rows get fewer slots.
+    """
+    if query.device.type == "cpu":
+        return Tiles(64, 1, 2)
+    width = max(query.shape[3], value_size(view))
+    if query.dtype == torch.float32:
+        return Tiles(32, 2, 1)
+    if width > 128:
+        return Tiles(32, 2, 2)
+    if block_m > 16 or view.codec in NATIVE:
+        return Tiles(64, 3, 2)
+    return Tiles(128, 3, 2)
+
+
+def _constants(view: StoredView, query: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """Compile-time arguments of one view."""
+    segment = view.segments[0]
+    numbers = NUMBERS.get(view.codec, 1)
+    sizes = (query.shape[3], value_size(view))
+    words = [size // numbers for size in sizes]
+    groups = [1, 1]
+    if view.codec == "int4":
+        groups = [segment.keys[1].shape[3], segment.values[1].shape[3]]
+    padded = [max(16, triton.next_power_of_2(width)) for width in words]
+    return {
+        "ON_DEVICE": isinstance(view.tokens, Tensor),
+        "RING": view.ring is not None,
+        "CODEC": view.codec if numbers > 1 else "native",
+        "FOLD": max(groups) == 1,
+        "NUMBERS": numbers,
+        "PRE": prescale(view.codec, query.dtype) if max(groups) == 1 else 1.0,
+        "UNIT": unit(view.codec, query.dtype) if max(groups) == 1 else 1.0,
+        "KW": words[0],
+        "KW_PAD": padded[0],
+        "KEY_GROUPS": groups[0],
+        "KEY_GROUP": sizes[0] // groups[0],
+        "VW": words[1],
+        "VW_PAD": padded[1],
+        "VALUE_GROUPS": groups[1],
+        "VALUE_GROUP": sizes[1] // groups[1],
+        "BLOCK_N": tiles.block,
+        "STAGES": tiles.stages,
+    }
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def kv_heads(view: StoredView) -> int:
+    """G."""
+    return view.segments[0].keys[0].shape[1]
+
+
+def value_size(view: StoredView) -> int:
+    """Dv; a payload of 4-bit numbers holds two in a byte."""
+    return view.segments[0].values[0].shape[3] * (2 if view.codec == "int4" else 1)
