@@ -163,6 +163,14 @@ def test_a_text_of_exactly_max_length_fits_and_no_token_more(running: Any) -> No
     assert engine.length == 0
 
 
+def test_an_engine_longer_than_the_model_s_positions_rehearses_within_them(running: Any) -> None:
+    engine = Engine(running, max_length=1024)
+    engine.prepare()
+    found = generate(running, ids(), max_new_tokens=NEW, engine=engine)
+    expected = expected_greedy(running, policy_for(running, "alternating"), ids(), NEW)
+    assert found.tokens.tolist() == expected.tolist()
+
+
 def test_an_interrupted_run_leaves_a_length_that_is_true(running: Any) -> None:
     engine = Engine(running, max_length=100)
     first = engine.pick(engine.prefill(ids()))

@@ -108,7 +108,7 @@ def test_a_step_that_waits_for_the_host_is_named() -> None:
             ValueError, match=r"LlamaForCausalLM cannot be captured in a CUDA graph"
         ):
             generate(model, ids().cuda(), max_new_tokens=3, engine=engine)
-    assert torch.ones(3, device="cuda").sum() == 3
+    assert torch.randn(100, device="cuda").std() > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss", "qwen3-next"])

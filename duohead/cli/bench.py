@@ -58,9 +58,6 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, name)
 
 
-# --- kernels
-
-
 def _kernels(args: argparse.Namespace) -> int:
     cases = _cases(args)
     from tqdm import tqdm
@@ -130,9 +127,6 @@ def _asked_cases(args: argparse.Namespace) -> Iterator[Case]:
                 retrieval_dtype=args.retrieval_dtype,
                 streaming_dtype=args.streaming_dtype,
             )
-
-
-# --- whole models
 
 
 def _model(args: argparse.Namespace) -> int:
@@ -207,9 +201,6 @@ def _job(args: argparse.Namespace, measure: str, method: str, **changes: Any) ->
 
 def _compile(args: argparse.Namespace) -> bool | str:
     return "auto" if args.compile == "auto" else bool(args.compile == "yes")
-
-
-# --- capacity
 
 
 def _capacity(args: argparse.Namespace) -> int:

@@ -50,12 +50,10 @@ def compiled_chunks(model: Any) -> Callable[..., Any]:
     def call(**inputs: Any) -> Any:
         if inputs["input_ids"].shape[1] == 1:
             return model(**inputs)
-        # Slices of a prompt bring its length along as a stride, which would be another graph for every prompt.
-        inputs = {
-            name: value.contiguous() if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
         for name in {"input_ids", "position_ids"} & inputs.keys():
+            # A slice of a prompt has the prompt's length as a stride, even of a single row, where it counts as
+            # contiguous; that would be another graph for every prompt.
+            inputs[name] = inputs[name].clone(memory_format=torch.contiguous_format)
             torch._dynamo.maybe_mark_dynamic(inputs[name], 1)
         mask = inputs.get("attention_mask")
         if mask is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from duohead.cache import DuoCache
 from duohead.models.compiling import compiled_chunks, compiled_step, in_slices, is_one_graph
 from duohead.models.interface import policy_of, unwrap
-from duohead.models.prefill import prefill
+from duohead.models.prefill import positions_of, prefill
 from duohead.models.sampling import Sampler
 from duohead.models.steps import MAX_STOP_TOKENS, Steps
 
@@ -109,8 +109,6 @@ class Engine:
         drawn = int(torch.randint(2**62, ())) if seed is None else seed
         self._steps.generator.manual_seed(drawn)
 
-    # --- prefill
-
     def prefill(
         self,
         input_ids: Tensor,
@@ -194,8 +192,6 @@ class Engine:
                 f"make Engine(max_length={needed}) or more, or reset() it for another text"
             )
 
-    # --- decode
-
     def pick(self, logits: Tensor, sampler: Sampler = GREEDY) -> Tensor:
         """Next tokens [B] from the logits [B, vocabulary] that `prefill` returned."""
         return sampler(logits, self._steps.generator)
@@ -277,8 +273,6 @@ class Engine:
         )
         return out.logits[:, -1]
 
-    # --- preparation
-
     def prepare(self, sampler: Sampler = GREEDY) -> None:
         """Compile, tune and capture ahead of the first text, so that the clock of a run shows the run.
 
@@ -290,7 +284,8 @@ class Engine:
         if self.max_length < 3 or self._steps.ready(sampler):
             return
         started, before = time.perf_counter(), self.prepare_seconds
-        count = min(max(2, REHEARSAL // self.batch), self.max_length - 1)
+        room = min(self.max_length - 1, positions_of(self.model) or REHEARSAL)
+        count = min(max(2, REHEARSAL // self.batch), room)
         tokens = torch.zeros(self.batch, count, dtype=torch.int64, device=self.device)
         self._feed(tokens, self._mask(None, count))
         with torch.no_grad():

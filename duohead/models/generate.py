@@ -19,7 +19,7 @@ from torch import Tensor
 from duohead.cache import DuoCache
 from duohead.models.engine import Engine
 from duohead.models.interface import STATE, policy_of, unwrap
-from duohead.models.prefill import check_positions, prefill
+from duohead.models.prefill import check_positions, positions_of, prefill
 from duohead.models.sampling import Request, requested
 
 __all__ = ["ENGINES", "KEPT", "Generation", "check_positions", "generate", "prefill"]
@@ -159,6 +159,7 @@ def _kept(
     rows, prompt = input_ids.shape
     # The last token is never fed.
     needed = prompt + new - 1
+    rounded = -(-needed // ROOM) * ROOM
     padded = mask is not None and not bool(mask.all())
     kept: dict[str, Any] = vars(vars(target)[STATE])
     engine: Engine | None = kept.get("engine")
@@ -176,7 +177,7 @@ def _kept(
         engine = Engine(
             model,
             batch=rows,
-            max_length=max_length or -(-needed // ROOM) * ROOM,
+            max_length=max_length or max(needed, min(rounded, positions_of(model) or rounded)),
             padded=padded,
             compile=compiled,
             graphs=True,

@@ -79,9 +79,14 @@ def prefill(
     return logits[:, -1]
 
 
+def positions_of(model: Any) -> int | None:
+    """Positions that the model was made for, or None if its config does not say."""
+    return getattr(text_config(unwrap(model)), "max_position_embeddings", None)
+
+
 def check_positions(model: Any, tokens: int) -> None:
     """Raise ValueError if ``tokens`` exceed the positions that the model was made for."""
-    limit = getattr(text_config(unwrap(model)), "max_position_embeddings", None)
+    limit = positions_of(model)
     if limit is not None and tokens > limit:
         raise ValueError(
             f"prompt and new tokens must fit the model's {limit} positions, got {tokens}; shorten the prompt, "

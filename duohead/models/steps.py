@@ -151,6 +151,7 @@ class Steps:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            self._free_generators()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"a decode step of {type(self.model).__name__} cannot be captured in a CUDA graph ({reason}); "
@@ -158,9 +159,18 @@ class Steps:
             ) from error
         return graph
 
+    def _free_generators(self) -> None:
+        """Undo what a capture that broke off leaves behind: generators that refuse to draw, because they "capture"."""
+        self.generator = torch.Generator(self.device)
+        default = torch.cuda.default_generators[torch.empty(0, device=self.device).get_device()]
+        seed, offset = default.initial_seed(), default.get_offset()
+        default.graphsafe_set_state(torch.Generator(self.device))
+        default.manual_seed(seed)
+        default.set_offset(offset)
+
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Inside, steps run as if every row had ended; on leaving, the cache holds what it held before."""
+        """Inside, steps run as if every row had ended; on leaving, cache and generator are as they were before."""
         floors = [
             floor
             for layer in self.cache.duo_layers
@@ -168,11 +178,13 @@ class Steps:
             if isinstance(floor := getattr(kind.store, "floor", None), Tensor)
         ]
         kept = [(x, x.clone()) for x in [*floors, *self._states()]]
+        drawn = self.generator.get_state()
         self._ended.fill_(True)
         self._finished.fill_(True)
         try:
             yield
         finally:
+            self.generator.set_state(drawn)
             for tensor, before in kept:
                 tensor.copy_(before)
 
