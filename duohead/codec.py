@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class Codec:
     encode: Callable[[Tensor], Encoded]
     decode: Callable[[Encoded, int, torch.dtype], Tensor]
     parts: Callable[[int], tuple[tuple[torch.dtype, int], ...]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
+        """There is one codec of each name, and whether it is the native one is told by identity."""
+        return self
 
     def vector_bytes(self, head_dim: int) -> int:
         """Bytes that one key or value vector of ``head_dim`` numbers takes."""

@@ -192,7 +192,7 @@ def test_inspect_says_what_fits_for_a_pattern(tmp_path: Path, capsys) -> None:
     [
         ("inspect", "FOLDER is needed"),
         ("inspect --capacity", "--capacity needs --model"),
-        ("inspect --capacity --model tiny --memory 0", "--memory must be above 0 GiB, got 0.0"),
+        ("inspect --capacity --model tiny --memory 0", "--memory must lie between 0 and 1000000 GiB, got 0.0"),
         ("inspect --capacity --model tiny --memory 1 --chunk 0", "--chunk must be >= 1, got 0"),
         ("inspect --capacity --model tiny --memory 1 --threshold 0.5", "--kv-budget and --threshold select heads"),
         ("inspect --capacity --model tiny --memory 1 --weights fp4", "--weights must be one of bf16, int8, int4"),

@@ -25,9 +25,6 @@ def small(op: str, length: int = 200, **changes: object) -> Case:
     return Case(op, length, **{**SMALL, **changes})  # type: ignore[arg-type]
 
 
-# --- the clock
-
-
 def test_measure_counts_the_warm_up_apart() -> None:
     calls: list[int] = []
     found = measure(lambda: calls.append(1), device=CPU, seconds=0, least=5)
@@ -76,9 +73,6 @@ def test_the_ceilings_of_this_machine_are_measured_once() -> None:
     assert set(found.numbers()) == {
         "read_ceiling_gb_per_s", "read_ceiling_by", "matmul_ceiling_tflop_per_s", "matmul_ceiling_dtype",
     }  # fmt: skip
-
-
-# --- cases
 
 
 def test_bytes_and_operations_are_those_that_a_mask_counts() -> None:
@@ -145,9 +139,6 @@ def test_the_presets_hold_the_shapes_of_their_tables() -> None:
     assert {case.head_dim for case in shapes} == {64, 128}
     with pytest.raises(ValueError, match="--preset must be one of decode-table, prefill-table"):
         preset("paper")
-
-
-# --- results
 
 
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op != "append"])
@@ -270,9 +261,6 @@ def test_a_case_is_described_by_what_is_special() -> None:
     )
     assert describe(case) == "decode 131,072 tokens H32/8 D128 50% 64+256 fp8/int4"
     assert describe(Case("streaming", 8, batch=2)) == "streaming 8 tokens B2 H32/8 D128 64+256"
-
-
-# --- the command
 
 
 def test_the_command_reports_and_records(

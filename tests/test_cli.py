@@ -96,9 +96,6 @@ def test_the_module_runs_as_the_command(folder: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
-# --- how things end
-
-
 def arrange(monkeypatch, error: BaseException) -> list[str]:
     def run(_: argparse.Namespace) -> int:
         raise error
@@ -151,9 +148,6 @@ def test_a_reader_that_leaves_is_no_error(folder: str) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
-
-
-# --- inspect
 
 
 def test_inspect_shows_heads_counts_and_bytes(folder: str, capsys) -> None:

@@ -202,9 +202,6 @@ def test_streamed_tokens_are_those_returned(running: Any) -> None:
     assert streamer.ended
 
 
-# --- sampling
-
-
 def test_samples_follow_the_distribution_and_the_seed() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0]).expand(40000, -1)
     draw = torch.Generator().manual_seed(5)
@@ -289,12 +286,14 @@ def test_a_sampler_says_what_is_wrong(fields: dict[str, Any], message: str) -> N
     refused(message, Sampler, **fields)
 
 
-# --- mistakes
-
-
 def test_mistakes_are_named(running: Any, llama: Any) -> None:
     engine = Engine(running, max_length=64)
-    refused("the cache is empty; call prefill first", engine.decode, torch.zeros(1), 3)
+    refused(
+        "the cache is empty; call prefill first",
+        engine.decode,
+        torch.zeros(1, dtype=torch.int64),
+        3,
+    )
     refused("must have the engine's 1 rows, got 2", engine.prefill, ids(2))
     tokens, mask = left_padded([9, 5])
     pair = Engine(running, batch=2, max_length=64)
@@ -316,8 +315,19 @@ def test_mistakes_are_named(running: Any, llama: Any) -> None:
         max_new_tokens=3,
         engine=engine,
     )
-    refused("steps and check_every must be at least 1, got 0", engine.decode, torch.zeros(1), 0)
-    refused("stop holds at most 32 tokens", engine.decode, torch.zeros(1), 1, stop=range(33))
+    refused(
+        "steps and check_every must be at least 1, got 0",
+        engine.decode,
+        torch.zeros(1, dtype=torch.int64),
+        0,
+    )
+    refused(
+        "stop holds at most 32 tokens",
+        engine.decode,
+        torch.zeros(1, dtype=torch.int64),
+        1,
+        stop=range(33),
+    )
     refused("batch must be at least 1 row, got 0", Engine, running, batch=0, max_length=8)
     refused("compile must be True, False or 'auto'", Engine, running, max_length=8, compile=1)
     refused(

@@ -105,11 +105,13 @@ def kernel_for(
     modules = kernels.full if view.reach is None else kernels.band
     if impl == "auto":
         modules = tuple(dict.fromkeys((*modules, *KERNELS["triton"].full)))
-    reasons = []
+    reasons: list[str] = []
     for module in modules:
         kernel: Kernel = _module(module)
         reason = kernel.supports(query, view, softcap=softcap, sink_logits=sink_logits)
         if reason is None:
+            if reasons:
+                log_once(f"attention by {module}: {'; '.join(reasons)}")
             return kernel
         reasons.append(f"{module}: {reason}")
     accept("; ".join(reasons), name, impl)

@@ -23,6 +23,7 @@ from duohead.attention.triton_decode_join import join_kernel
 from duohead.attention.triton_decode_kernels import split_kernel
 from duohead.attention.triton_decode_numbers import NUMBERS
 from duohead.attention.triton_decode_plan import NATIVE, Part, Plan, kv_heads, make_plan, value_size
+from duohead.attention.triton_tiles import on_device
 from duohead.cache.view import Segment, StoredView
 
 MAX_TOKENS = 8
@@ -94,22 +95,23 @@ def attend(
     # Scores are kept in base 2; a cap applies before the change of base.
     factor = scale if softcap is not None else scale * LOG2E
     early = _early_start(query.device)
-    for index, parts in enumerate(plan.launches):
-        present = [(number, part) for number, part in enumerate(parts) if part is not None]
-        arguments: list[Any] = []
-        constants: dict[str, Any] = {}
-        for place, (number, part) in enumerate((*present, present[0])[:2]):
-            view = views[number]
-            arguments += _view_arguments(view, view.segments[index], part, plan, number)
-            constants |= {f"{name}{place}": value for name, value in part.constants.items()}
-        split_kernel[(sum(part.programs for _, part in present),)](
-            query, query.stride(0), query.stride(1), query.stride(2), acc, stat,
-            factor, softcap or 1.0, present[0][1].programs, *arguments,
-            ROWS=plan.rows, GROUP=plan.group, BLOCK_M=plan.block_m, CAPPED=softcap is not None,
-            SHIFT=_shift(query.dtype), PTX=_PTX, EARLY=bool(early), BOTH=len(present) == 2,
-            num_warps=plan.warps, **early, **constants,
-        )  # fmt: skip
-    _join(query, views, plan, acc, stat, out, sink_logits)
+    with on_device(query):
+        for index, parts in enumerate(plan.launches):
+            present = [(number, part) for number, part in enumerate(parts) if part is not None]
+            arguments: list[Any] = []
+            constants: dict[str, Any] = {}
+            for place, (number, part) in enumerate((*present, present[0])[:2]):
+                view = views[number]
+                arguments += _view_arguments(view, view.segments[index], part, plan, number)
+                constants |= {f"{name}{place}": value for name, value in part.constants.items()}
+            split_kernel[(sum(part.programs for _, part in present),)](
+                query, query.stride(0), query.stride(1), query.stride(2), acc, stat,
+                factor, softcap or 1.0, present[0][1].programs, *arguments,
+                ROWS=plan.rows, GROUP=plan.group, BLOCK_M=plan.block_m, CAPPED=softcap is not None,
+                SHIFT=_shift(query.dtype), PTX=_PTX, EARLY=bool(early), BOTH=len(present) == 2,
+                num_warps=plan.warps, **early, **constants,
+            )  # fmt: skip
+        _join(query, views, plan, acc, stat, out, sink_logits)
     return out
 
 

@@ -78,6 +78,11 @@ class DuoLayer(CacheLayerMixin):
         self.kinds: list[Kind] = []
         self._stored: dict[tuple[int | None, ...], tuple[StoredView, ...]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has addresses of its own."""
+        self.__dict__.update(state)
+        self._mark_static() if self.addressed else self._stored.clear()
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the stores for the rows, device and dtype of the first keys and values [B, G, K, D]."""
         heads = self.policy.layers[self.index].num_kv_heads

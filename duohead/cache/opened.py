@@ -9,6 +9,7 @@ Shape letters: B rows, G KV heads, K new tokens, D head size.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,8 @@ def _store(layer: DuoLayer, kind: Kind, handle: DuoHandle, length: int | Tensor)
 def _kernel_takes(layer: DuoLayer, handle: DuoHandle) -> bool:
     """Whether the append kernel is there and worth it: without loss, storing is one copy anyway."""
     if layer.device.type != "cuda" or all(_lossless(layer, kind) for kind in layer.kinds):
+        return False
+    if importlib.util.find_spec("triton") is None:
         return False
     from duohead.cache import append as kernel
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["FLAGS", "add_arguments", "run"]
 
 
+# What no flag of seconds or GiB means.
+MOST = 1_000_000
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb (listed in FLAGS)."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -54,6 +58,14 @@ def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     from duohead.pocket.loading import device_of
 
     device = device_of(args.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {args.device}")
+    for name in ("seconds", "memory"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < MOST:
+            raise ValueError(f"--{name} must lie between 0 and {MOST}, got {value}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and streams belong to the current device
     name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return device, getattr(torch, name)
 

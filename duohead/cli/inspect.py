@@ -34,6 +34,7 @@ FLAGS = (
     "--streaming-dtype",
 )
 CAPACITY_RATIOS = (1.0, 0.5, 0.25)
+MOST_GIB = 1_000_000
 RATIOS = (1.0, 0.75, 0.5, 0.4, 0.25, 0.125, 0.0)
 SHADES, ASCII_SHADES = "·░▒▓█", ".-+*#"
 # Dark blue to yellow in the 256-colour palette, even to the eye and safe for colour-blind readers.
@@ -143,8 +144,8 @@ def _capacity(args: argparse.Namespace) -> int:
     from duohead.pattern import HeadPattern
     from duohead.pocket.loading import device_of
 
-    if args.memory is not None and args.memory <= 0:
-        raise ValueError(f"--memory must be above 0 GiB, got {args.memory}")
+    if args.memory is not None and not 0 < args.memory < MOST_GIB:
+        raise ValueError(f"--memory must lie between 0 and {MOST_GIB} GiB, got {args.memory}")
     if args.chunk < 1:
         raise ValueError(f"--chunk must be >= 1, got {args.chunk}")
     pattern = None if args.folder is None else HeadPattern.load(args.folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from duohead.cache import DuoCache
 from duohead.models.compiling import compiled_chunks, compiled_step, in_slices, is_one_graph
@@ -84,7 +85,10 @@ class Engine:
         self.prepare_seconds = 0.0
         self._target = target
         self._padding = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        forward = compiled_step(self._logits, rows=batch) if self.compiles else self._logits
+        self._weights = fingerprint(target)
+        self._rehearses = self.graphs or self.compiles
+        logits = _last_logits(self.model, self.cache)
+        forward = compiled_step(logits, rows=batch) if self.compiles else logits
         # Layers without KV heads go through a chunk in loops, which compile to as many copies of their bodies.
         whole = (
             self.compiles
@@ -103,6 +107,19 @@ class Engine:
         self.cache.reset()
         self._padding.zero_()
         self.length = 0
+
+    def knows(self, model: Any) -> bool:
+        """Whether ``model`` is the engine's, with the weights and adapters that its graphs were captured with."""
+        return self.model is getattr(model, "_orig_mod", model) and (
+            self._weights == fingerprint(self._target)
+        )
+
+    def _check_weights(self) -> None:
+        if self._weights != fingerprint(self._target):
+            raise ValueError(
+                "the model's weights or adapters have been replaced or moved since this engine was made, "
+                "and its graphs know only the old ones; make a new Engine"
+            )
 
     def seed(self, seed: int | None = None) -> None:
         """Seed the sampling; by default from torch's global generator, so that `torch.manual_seed` decides."""
@@ -126,7 +143,8 @@ class Engine:
             progress: called with the number of tokens done after every chunk.
 
         Returns:
-            Logits of the last token [B, vocabulary].
+            Logits of the last token [B, vocabulary]. What is refused changes nothing; an error or an
+            interruption on the way leaves the engine empty.
 
         Raises:
             ValueError: more tokens than ``max_length`` leaves room for, another number of rows, or a mask that the
@@ -138,7 +156,16 @@ class Engine:
                 f"input_ids must have the engine's {self.batch} rows, got {rows}; make Engine(batch={rows})"
             )
         self._check_room(count)
-        logits = self._feed(input_ids, self._mask(attention_mask, count), chunk, progress)
+        self._check_weights()
+        try:
+            logits = self._feed(input_ids, self._mask(attention_mask, count), chunk, progress)
+        except BaseException as error:
+            held = {int(layer.length) for layer in self.cache.duo_layers}
+            refused = isinstance(error, ValueError) and held <= {self.length}
+            if not refused or self.length == 0:
+                # Layers may hold different numbers of tokens now, which no later call could tell.
+                self.reset()
+            raise
         self.length += count
         return logits
 
@@ -220,7 +247,8 @@ class Engine:
             on_tokens: called with new tokens [B, n] at every look.
 
         Returns:
-            Generated tokens [B, n], n <= steps.
+            Generated tokens [B, n], n <= steps. After an error or interruption between steps the engine holds what was
+            generated until then; after one inside a step, without graphs, it is empty.
 
         Raises:
             ValueError: no room for ``steps`` tokens, nothing prefilled, or a number out of range.
@@ -233,26 +261,41 @@ class Engine:
             raise ValueError(
                 f"stop holds at most {MAX_STOP_TOKENS} tokens, got {len(stop)}; use model.generate"
             )
+        if tokens.shape != (self.batch,) or tokens.is_floating_point():
+            raise ValueError(
+                f"tokens must hold one token id for each of the engine's {self.batch} rows, got shape "
+                f"{tuple(tokens.shape)} of {tokens.dtype}; pass integers [B]"
+            )
         if self.length == 0:
             raise ValueError("decode continues a text, but the cache is empty; call prefill first")
         self._check_room(steps)
+        self._check_weights()
         step = self._launcher(sampler)
         self._steps.begin(tokens, self.length - self._padding, stop, pad)
         burst = check_every if self._steps.traceless or not stop else 1
         launched = seen = 0
+        stepping = False
         try:
             while launched < steps and not (stop and self._steps.ended()):
                 count = min(burst, steps - launched)
+                stepping = True
                 for _ in range(count):
                     step()
+                stepping = False
                 launched += count
                 if on_tokens is not None:
                     done = self._steps.made()
                     on_tokens(self._steps.tokens(seen, done))
                     seen = done
-        finally:
-            made = self._steps.made()
-            self.length += made
+        except BaseException:
+            if stepping and not self.graphs:
+                # A forward broke off, so layers hold different numbers of tokens; a graph runs whole.
+                self.reset()
+            else:
+                self.length += self._steps.made()
+            raise
+        made = self._steps.made()
+        self.length += made
         return self._steps.tokens(0, made).clone()
 
     def _launcher(self, sampler: Sampler) -> Callable[[], None]:
@@ -262,17 +305,6 @@ class Engine:
             self.prepare_seconds += time.perf_counter() - started
         return step
 
-    def _logits(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits [B, vocabulary] after one more token a row [B, 1]; padding was settled by the prefill."""
-        out = self.model(
-            input_ids=token,
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
-
     def prepare(self, sampler: Sampler = GREEDY) -> None:
         """Compile, tune and capture ahead of the first text, so that the clock of a run shows the run.
 
@@ -281,7 +313,7 @@ class Engine:
         """
         if self.length:
             raise ValueError(f"prepare needs an empty engine, got {self.length} tokens; reset() it")
-        if self.max_length < 3 or self._steps.ready(sampler):
+        if self.max_length < 3 or self._steps.ready(sampler) or not self._rehearses:
             return
         started, before = time.perf_counter(), self.prepare_seconds
         room = min(self.max_length - 1, positions_of(self.model) or REHEARSAL)
@@ -294,9 +326,51 @@ class Engine:
             elif self.compiles:
                 with self._steps.undone():
                     self._steps.run(sampler)
+        # Graphs are kept for each sampler, a compiled forward serves all of them.
+        self._rehearses = self.graphs
         self.reset()
         _wait(self.device)
         self.prepare_seconds = before + time.perf_counter() - started
+
+
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """Where the weights are and which adapters are on: what a captured graph takes for granted."""
+    tensors = (*model.parameters(), *model.buffers())
+    adapters = tuple(
+        (
+            str(getattr(module, "active_adapters", "")),
+            bool(getattr(module, "disable_adapters", False)),
+            bool(getattr(module, "merged", False)),
+        )
+        for module in model.modules()
+        if hasattr(module, "active_adapters")
+    )
+    return tuple(_address(tensor) for tensor in tensors), adapters
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a weight lies; quantised ones are made of several tensors, so what counts is which object they are."""
+    made_of_several: bool = is_traceable_wrapper_subclass(tensor)
+    return id(tensor) if made_of_several else tensor.data_ptr()
+
+
+def _last_logits(model: Any, cache: DuoCache) -> Callable[[Tensor, Tensor], Tensor]:
+    """A forward of one more token a row: [B, 1] at positions [B, 1] to logits [B, vocabulary].
+
+    A function of its own, since a method would keep the engine, and with it the cache, alive in a cycle.
+    """
+
+    def logits(token: Tensor, position: Tensor) -> Tensor:
+        out = model(
+            input_ids=token,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    return logits
 
 
 def _flag(name: str, value: bool | str, *, auto: bool) -> bool:

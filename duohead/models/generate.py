@@ -7,6 +7,7 @@ was, and what it took.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -168,12 +169,13 @@ def _kept(
         and engine.fits(rows=rows, tokens=needed, padded=padded)
         and engine.compiles == compiled
         and engine.max_length == (max_length or engine.max_length)
-        and engine.model is getattr(model, "_orig_mod", model)
+        and engine.knows(model)
     )
     if engine is None or not fits:
         # Before the next one is made: two caches may not fit.
         kept.pop("engine", None)
         engine = None
+        gc.collect()
         engine = Engine(
             model,
             batch=rows,
@@ -276,7 +278,7 @@ class _Run:
                 progress=self.progress,
             )
             _wait(device)
-        copies = _copies(options)
+        copies = _copies(self.model, options)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         ready = time.perf_counter()
@@ -324,9 +326,9 @@ class _Run:
         )
 
 
-def _copies(options: dict[str, Any]) -> int:
+def _copies(model: Any, options: dict[str, Any]) -> int:
     """Rows that ``model.generate`` makes of each prompt: beams, or sequences to return."""
-    config = options.get("generation_config")
+    config = options.get("generation_config") or unwrap(model).generation_config
     asked = [
         options.get(name) or getattr(config, name, None) or 1
         for name in ("num_beams", "num_return_sequences")

@@ -28,7 +28,12 @@ def attend(
 
     Arguments as in `duohead.attention.prefill`; ``mask`` is the 2-D padding mask [B, tokens] or None.
     """
-    by_storage = attention.reads_storage(query, value_dim=handle.values.shape[-1], impl=impl)
+    inputs = (query, handle.keys, handle.values)
+    # Stored tokens carry no gradient; the way through views keeps it or says that it cannot.
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    by_storage = not differentiated and attention.reads_storage(
+        query, value_dim=handle.values.shape[-1], impl=impl
+    )
     if by_storage and can_append(handle.layer, query.shape[2]):
         stored = handle.append(mask)
         return attention.decode(

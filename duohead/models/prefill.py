@@ -42,13 +42,20 @@ def prefill(
         Logits of the last token [B, vocabulary].
 
     Raises:
-        ValueError: no tokens, a chunk below 1, or more tokens than the model has positions.
+        ValueError: no tokens, a chunk below 1 (below 2 for padded rows of hybrid models), or more tokens than the model
+            has positions.
     """
     count = input_ids.shape[1]
     if count == 0:
         raise ValueError("input_ids must hold at least one token, got none")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    hybrid = len(cache.duo_layers) < len(cache.layers)
+    if chunk == 1 and hybrid and attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "chunk must be at least 2 tokens for left-padded rows of this model, got 1: "
+            "its layers without KV heads take a single padding token for text"
+        )
     past = int(cache.get_seq_length())
     check_positions(model, past + count)
     step = chunk or count

@@ -64,9 +64,12 @@ class Steps:
     def traceless(self) -> bool:
         """Whether steps after the last stop token change nothing, so that the host may look at leisure.
 
-        Layers without KV heads (linear attention, convolution) fold every token into their state for good.
+        Layers without KV heads (linear attention, convolution) fold every token into their state for good, and under
+        ``visibility="chunk"`` the next call still sees the token that a step overwrites.
         """
-        return all(isinstance(layer, DuoLayer) for layer in self.cache.layers)
+        return self.cache.policy.visibility == "token" and all(
+            isinstance(layer, DuoLayer) for layer in self.cache.layers
+        )
 
     def begin(self, tokens: Tensor, position: Tensor, stop: Sequence[int], pad: int) -> None:
         """Put a run's inputs where the steps find them: tokens [B] to feed, at positions [B]; stop and pad tokens."""
@@ -146,7 +149,13 @@ class Steps:
                 for _ in range(WARM_UPS):
                     self.run(sampler)
             current.wait_stream(side)
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # By default the capture would take a stream of whatever device was the current one first.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+                ),
+            ):
                 self.run(sampler)
         except torch.cuda.OutOfMemoryError:
             raise
