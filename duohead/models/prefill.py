@@ -50,7 +50,8 @@ def prefill(
         raise ValueError("input_ids must hold at least one token, got none")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    hybrid = len(cache.duo_layers) < len(cache.layers)
+    ours = getattr(cache, "duo_layers", None)
+    hybrid = ours is not None and len(ours) < len(cache.layers)
     if chunk == 1 and hybrid and attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
             "chunk must be at least 2 tokens for left-padded rows of this model, got 1: "
