@@ -72,7 +72,7 @@ def unfit(
     if softcap is not None:
         return "the kernel does not cap scores; use impl='triton'"
     if view.heads is None and query.shape[1] > WARP_GROUP_ROWS * view.keys.shape[1]:
-        return f"the kernel packs at most {WARP_GROUP_ROWS} query heads of a KV head; use impl='triton'"
+        return f"a KV head may have at most {WARP_GROUP_ROWS} query heads here; use impl='triton'"
     sizes = {x.shape[-1] for x in (query, view.keys, view.values)}
     if len(sizes) > 1 or not sizes <= BLOCKS.keys():
         return f"head sizes must be equal and one of {list(BLOCKS)}, got {sorted(sizes)}"
@@ -108,7 +108,7 @@ def attend(
         kv_heads: KV heads of the layer, of all kinds; needed if ``view.heads`` is given.
 
     Raises:
-        ValueError: ``kv_heads`` is missing, ``scale`` is not positive, or the call is one that no machine does (`unfit`).
+        ValueError: ``kv_heads`` is missing, ``scale`` is not positive, or the call is one that `unfit` names.
     """
     reason = unfit(query, view, softcap=softcap, sink_logits=sink_logits)
     if reason is not None:
