@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from duohead.attention import choice
-from duohead.attention.choice import IMPLEMENTATIONS, KERNELS, check_impl, choose
+from duohead.attention.choice import IMPLEMENTATIONS, KERNELS, MAX_DECODE_TOKENS, check_impl, choose
 from duohead.cache.view import HeadView, StoredView
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "prefill",
     "reads_storage",
 ]
-MAX_DECODE_TOKENS = 8
 
 
 def prefill(

@@ -36,6 +36,7 @@ KERNELS = {
     "hopper": Kernels(band=("hopper_prefill",), full=("hopper_prefill",)),
     "cute": Kernels(band=("hopper_prefill", "triton_prefill"), full=("cute_prefill",)),
 }
+MAX_DECODE_TOKENS = 8
 BEST_FIRST = ("cute", "hopper", "triton")
 FLASH_ATTENTION = "flash_attn.cute"
 CUDA_BINDINGS = "cuda.bindings.nvrtc"

@@ -165,9 +165,7 @@ def _query_heads(view: HeadView, heads: int, kv_heads: int | None) -> Tensor | N
     """The query heads of the view's KV heads, as an index; None for all."""
     if view.heads is None:
         return None
-    if kv_heads is None:
-        raise ValueError("kv_heads must be given for a view of some of the heads, got None")
-    group = heads // kv_heads
+    group = heads // view.layer_heads(kv_heads)
     member = torch.arange(group, device=view.heads.device)
     return (view.heads[:, None] * group + member).flatten()
 

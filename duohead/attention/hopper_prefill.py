@@ -23,7 +23,7 @@ from duohead.attention.hopper_launch import (
     launch,
     missing,
 )
-from duohead.cache.view import HeadView, KeysAndValues
+from duohead.cache.view import HeadView, KeysAndValues, on_device
 
 # Decoded keys and values of the past that may be in memory, in bytes.
 PAST_BYTES = 2 << 30
@@ -115,17 +115,14 @@ def attend(
         raise ValueError(f"the Hopper kernel cannot do this call: {reason}")
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}; use impl='tiled' for others")
-    if kv_heads is None:
-        if view.heads is not None:
-            raise ValueError("kv_heads must be given for a view of some of the heads, got None")
-        kv_heads = view.keys.shape[1]
+    kv_heads = view.layer_heads(kv_heads)
     if query.shape[2] == 0:
         return
     group = query.shape[1] // kv_heads
     reads = gather(view, query.shape[2])
     dim = query.shape[-1]
     shape = Shape(dim, group, block_for(reads, group, dim), query.dtype == torch.float16)
-    with torch.cuda.device(query.device):
+    with on_device(query):
         launch(shape, query, reads, out, heads=view.heads, scale=scale, sink_logits=sink_logits)
 
 

@@ -23,12 +23,12 @@ from duohead.attention.triton_tiles import (
     accelerated,
     block_width,
     descriptor,
-    on_device,
     score_factors,
     shared_memory,
     tanh,
     tile_of,
 )
+from duohead.cache.view import on_device
 
 # Programs that share the sinks' sums: enough to fill a large GPU, and the same on every one, as the bits must be.
 _SINK_PROGRAMS = 1024

@@ -19,18 +19,15 @@ import torch
 import triton
 from torch import Tensor
 
+from duohead.attention.choice import MAX_DECODE_TOKENS
 from duohead.attention.triton_decode_join import join_kernel
 from duohead.attention.triton_decode_kernels import split_kernel
 from duohead.attention.triton_decode_numbers import NUMBERS
 from duohead.attention.triton_decode_plan import NATIVE, Part, Plan, kv_heads, make_plan, value_size
-from duohead.attention.triton_tiles import on_device
-from duohead.cache.view import Segment, StoredView
+from duohead.attention.triton_tiles import LOG2E, UNLIMITED
+from duohead.cache.view import Segment, StoredView, on_device
 
-MAX_TOKENS = 8
 MAX_HEAD_SIZE = 256
-# Stands for "no limit" where distances between tokens are compared.
-UNLIMITED = 1 << 30
-LOG2E = 1.4426950408889634
 _empty = torch.empty
 # Whether kernels are compiled for NVIDIA GPUs, neither for AMD's nor run by the interpreter.
 _PTX = torch.version.hip is None and isinstance(split_kernel, triton.JITFunction)
@@ -83,7 +80,7 @@ def attend(
         [B, Q, H, Dv] in the dtype of ``query``, each head at its original place; zeros for padding queries.
 
     Raises:
-        ValueError: more than MAX_TOKENS query tokens or two views, what `supports` refuses, storage that is not
+        ValueError: more than MAX_DECODE_TOKENS query tokens or two views, what `supports` refuses, storage that is not
             contiguous, or a ring too short for the oldest query.
     """
     plan = _plan(query, views)
@@ -196,9 +193,9 @@ def _plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
 
 def _check(query: Tensor, views: Sequence[StoredView]) -> None:
     count = query.shape[2]
-    if not 1 <= count <= MAX_TOKENS:
+    if not 1 <= count <= MAX_DECODE_TOKENS:
         raise ValueError(
-            f"decode takes 1 to {MAX_TOKENS} query tokens, got {count}; use prefill for more"
+            f"decode takes 1 to {MAX_DECODE_TOKENS} query tokens, got {count}; use prefill for more"
         )
     if not 1 <= len(views) <= 2:
         raise ValueError(

@@ -24,14 +24,13 @@ from duohead.attention.triton_tiles import (
     block_width,
     descriptor,
     forward_tiles,
-    on_device,
     rows_contiguous,
     score_factors,
     shared_memory,
     tanh,
     tile_of,
 )
-from duohead.cache.view import KeysAndValues, MaskedPiece
+from duohead.cache.view import KeysAndValues, MaskedPiece, on_device
 
 
 @triton.jit

@@ -75,10 +75,7 @@ def attend(
     reason = supports(query, view, scale=scale, softcap=softcap, sink_logits=sink_logits)
     if reason is not None:
         raise ValueError(f'impl="triton" cannot prefill here: {reason}; use impl="auto" or "tiled"')
-    if kv_heads is None:
-        if view.heads is not None:
-            raise ValueError("kv_heads must be given for a view of some of the heads, got None")
-        kv_heads = view.keys.shape[1]
+    kv_heads = view.layer_heads(kv_heads)
     if query.shape[2] == 0:
         return
     launch = Launch(

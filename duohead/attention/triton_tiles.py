@@ -12,7 +12,6 @@ Shape letters: B rows, G KV heads, T tokens, D head size.
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -223,11 +222,6 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 def rows_contiguous(x: Tensor) -> Tensor:
     """The tensor, copied only if its last dimension is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def shared_memory(x: Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from duohead.bench.filling import fill
+from duohead.bench.jobs import METHODS
 from duohead.models.engine import Engine
 from duohead.models.interface import duo
 from duohead.policy import HeadPolicy
@@ -20,8 +21,6 @@ from duohead.shapes import layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-METHODS = ("full", "duo", "transformers")
 
 
 class Runner(Protocol):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from duohead import codec
 from duohead.cache.append_kernel import INTERPRETED, append_kernel
-from duohead.cache.view import KeysAndValues, Segment, StoredView
+from duohead.cache.view import KeysAndValues, Segment, StoredView, on_device
 
 __all__ = ["append", "supports"]
 
@@ -190,7 +189,7 @@ def _launch(
     few = count <= FEW_TOKENS
     block = 1 if few else TILE // triton.next_power_of_2(max(dim, value_dim))
     tokens, padding = parts[0][0].tokens, parts[0][0].padding
-    with _on_device(keys):
+    with on_device(keys):
         append_kernel[(-(-count // block), 2 * heads, rows)](
             keys,
             values,
@@ -208,13 +207,6 @@ def _launch(
             block,
             num_warps=1 if few else 4,
         )
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of ``x``."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _padded(stored: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -9,8 +9,10 @@ Shape letters: B rows, G KV heads of one kind, Q query tokens, K key tokens, D h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from duohead.mask import visible
@@ -69,6 +71,18 @@ class HeadView:
         if self.chunk_start is not None:
             return None
         return self.recent if self.window is None else min(self.recent, self.window)
+
+    def layer_heads(self, kv_heads: int | None) -> int:
+        """KV heads of the layer, of all kinds: ``kv_heads``, which a view of all heads need not be told.
+
+        Raises:
+            ValueError: it is None for a view of some of the heads.
+        """
+        if kv_heads is not None:
+            return kv_heads
+        if self.heads is not None:
+            raise ValueError("kv_heads must be given for a view of some of the heads, got None")
+        return self.keys.shape[1]
 
     def mask(self, query_position: Tensor, key_position: Tensor, *, sinks: bool) -> Tensor:
         """Visibility [B or 1, 1, Q, K] of keys at ``key_position`` [B or 1, K] for ``query_position`` [B or 1, Q].
@@ -174,6 +188,13 @@ class StoredView:
 def pick_heads(tensor: Tensor, heads: Tensor | None) -> Tensor:
     """The given KV heads of [B, G, ...]; the tensor itself when ``heads`` is None."""
     return tensor if heads is None else tensor.index_select(1, heads)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device, which need not be that of ``x``."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def left_padding(mask: Tensor) -> Tensor:

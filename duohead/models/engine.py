@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from duohead.cache import DuoCache
+from duohead.cache.view import left_padding
 from duohead.models.compiling import compiled_chunks, compiled_step, in_slices, is_one_graph
 from duohead.models.interface import policy_of, unwrap
 from duohead.models.prefill import positions_of, prefill
@@ -196,7 +197,7 @@ class Engine:
         if given is None and not self.padded:
             return None
         if self.length == 0 and given is not None:
-            self._padding.copy_((given.cumsum(-1) == 0).sum(-1))
+            self._padding.copy_(left_padding(given))
             if not self.padded and bool(self._padding.any()):
                 self._padding.zero_()
                 raise ValueError(
@@ -329,7 +330,7 @@ class Engine:
         # Graphs are kept for each sampler, a compiled forward serves all of them.
         self._rehearses = self.graphs
         self.reset()
-        _wait(self.device)
+        wait(self.device)
         self.prepare_seconds = before + time.perf_counter() - started
 
 
@@ -390,6 +391,7 @@ def _single_device(model: Any) -> torch.device:
     return model.device
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Let the device finish, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

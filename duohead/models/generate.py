@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from duohead.cache import DuoCache
-from duohead.models.engine import Engine
+from duohead.models.engine import Engine, wait
 from duohead.models.interface import STATE, policy_of, unwrap
 from duohead.models.prefill import check_positions, positions_of, prefill
 from duohead.models.sampling import Request, requested
@@ -221,10 +221,10 @@ class _Run:
             chunk=self.chunk,
             progress=self.progress,
         )
-        _wait(engine.device)
+        wait(engine.device)
         ready, captured = time.perf_counter(), engine.prepare_seconds
         made = self._decoded(engine, request, engine.pick(logits, request.sampler))
-        _wait(engine.device)
+        wait(engine.device)
         late = engine.prepare_seconds - captured
         return self._result(
             torch.cat([self.input_ids, made], 1),
@@ -277,7 +277,7 @@ class _Run:
                 chunk=self.chunk,
                 progress=self.progress,
             )
-            _wait(device)
+            wait(device)
         copies = _copies(self.model, options)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
@@ -289,7 +289,7 @@ class _Run:
             max_new_tokens=self.new,
             **options,
         )
-        _wait(device)
+        wait(device)
         return self._result(
             tokens,
             cache,
@@ -334,8 +334,3 @@ def _copies(model: Any, options: dict[str, Any]) -> int:
         for name in ("num_beams", "num_return_sequences")
     ]
     return max(asked)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
