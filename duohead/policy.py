@@ -146,7 +146,7 @@ class HeadPolicy:
             num_kv_heads: KV heads of every layer, or one number per layer (0: no KV cache).
             sink: see the class.
             recent: see the class.
-            windows: native sliding window per layer; filled in from the model when the policy is bound.
+            windows: native sliding window per layer; None is filled in from the model when the policy is bound.
             fields: any other field of the class.
         """
         count = len(retrieval)
@@ -184,7 +184,8 @@ class HeadPolicy:
                 that names none).
 
         Raises:
-            ValueError: the policy has other layers or KV heads than the model.
+            ValueError: the policy has other layers, KV heads or native windows than the model (None leaves a layer's
+                window to the model).
         """
         shapes = layer_shapes(model_or_config)
         found, expected = len(self.layers), len(shapes)
@@ -198,6 +199,12 @@ class HeadPolicy:
                 raise ValueError(
                     f"policy has {layer.num_kv_heads} KV heads in layer {index} but the model has "
                     f"{shape.num_kv_heads}; use a policy or pattern that was made for this model"
+                )
+            if shape.num_kv_heads and layer.window not in (None, shape.window):
+                theirs = "none" if shape.window is None else f"one of {shape.window} tokens"
+                raise ValueError(
+                    f"policy has a native window of {layer.window} tokens in layer {index} but the model has {theirs}; "
+                    f"leave windows out to take the model's, or use a policy that was made for this model"
                 )
         layers = tuple(
             LayerPolicy(

@@ -1,5 +1,6 @@
 """Attention beyond its outputs: gradients, refusals, the automatic choice, and work that grows with the length only."""
 
+import importlib.util
 import logging
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from oracle import Inputs, dense, hold, inputs, make_policy, split, through_cache, without_cache
 
 from duohead import attention
-from duohead.attention import choice, tiled
+from duohead.attention import choice, hopper_launch, tiled
 from duohead.cache import HeadView
 from duohead.cache.direct import direct_views
 from duohead.policy import HeadPolicy
@@ -91,6 +92,61 @@ def test_the_automatic_choice_is_logged_once_and_an_explicit_one_never(caplog) -
         for _ in range(3):
             attention.prefill(x.query, seen, scale=1.0)
     assert [record.getMessage() for record in caplog.records] == ["attention on cpu: impl=tiled"]
+
+
+@pytest.fixture
+def fresh():
+    """Nothing has been found missing yet, nor logged."""
+    for cached in (hopper_launch.missing, choice.log_once):
+        cached.cache_clear()
+    yield
+    for cached in (hopper_launch.missing, choice.log_once):
+        cached.cache_clear()
+
+
+def test_a_compiler_that_does_not_work_is_found_once_and_named(fresh, monkeypatch) -> None:
+    tried = []
+
+    def refuse(text: str) -> bytes:
+        tried.append(text)
+        raise RuntimeError("libnvrtc.so.13\nnot found")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(hopper_launch, "_compile", refuse)
+    for _ in range(3):
+        reason = hopper_launch.missing(0)
+        assert "libnvrtc.so.13 not found" in reason
+        assert "impl='triton'" in reason
+    assert len(tried) == 1
+
+
+def test_auto_goes_on_without_a_kernel_that_cannot_be_loaded_and_hopper_raises(
+    fresh, monkeypatch, caplog
+) -> None:
+    asked = []
+
+    def lacks(index: int) -> str:
+        asked.append(index)
+        return "the driver is too old"
+
+    monkeypatch.setattr(choice, "_installed", lambda package: package == "triton")
+    monkeypatch.setattr(hopper_launch, "missing", lacks)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 1 else (8, 0)
+    )
+    with caplog.at_level(logging.INFO, logger="duohead"):
+        for _ in range(2):
+            assert choice.choose("auto", "cuda", index=1) == "triton"
+        assert choice.choose("auto", "cuda", index=0) == "triton"
+    assert asked == [1, 1], "the device of the tensors decides, not the current one"
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention without hopper: the driver is too old",
+        "attention on cuda: impl=triton",
+    ]
+    with pytest.raises(ValueError, match="impl='hopper' cannot run here: the driver is too old"):
+        choice.choose("hopper", "cuda", index=1)
+    with pytest.raises(ValueError, match="needs a Hopper GPU"):
+        choice.choose("hopper", "cuda", index=0)
 
 
 def test_a_policy_of_another_geometry_is_refused() -> None:

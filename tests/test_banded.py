@@ -117,3 +117,19 @@ def test_on_a_gpu_long_gradients_are_the_same_bits_and_no_mode_is_left_behind(
         assert not torch.are_deterministic_algorithms_enabled()
     for again in gradients[1:]:
         assert all(torch.equal(one, two) for one, two in zip(gradients[0], again, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_fastest_attention_is_as_right_as_the_reproducible_one() -> None:
+    exact = [x.detach() for x in inputs(1000, dtype=torch.bfloat16)]
+    results = []
+    for deterministic in (True, False):
+        q, k, v = (x.cuda().requires_grad_() for x in exact)
+        out = full_attention(q, k, v, scores=Scores(), deterministic=deterministic)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    q, k, v = (x.double().requires_grad_() for x in exact)
+    oracle = dense(q, k, v, seen_by(1000, sink=0, recent=1, retrieval=True), Scores())
+    oracles = (oracle, *torch.autograd.grad(oracle.square().sum(), (q, k, v)))
+    for reproducible, fastest, right in zip(*results, oracles, strict=True):
+        errors = [(x.double().cpu() - right).abs().max() for x in (reproducible, fastest)]
+        assert errors[1] <= 2 * (errors[0] + torch.finfo(torch.bfloat16).eps * right.abs().max())

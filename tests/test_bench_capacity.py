@@ -8,15 +8,17 @@ import torch
 
 from duohead import HeadPattern
 from duohead.bench import capacity
-from duohead.bench.capacity import (
+from duohead.bench.capacity import measure_capacity
+from duohead.bench.card import capacity_lines
+from duohead.bench.ceilings import Ceilings
+from duohead.bench.fitting import (
+    MOST_TOKENS,
     RUNTIME_BYTES,
     activation_bytes,
     estimate,
-    measure_capacity,
+    gib,
     tokens_within,
 )
-from duohead.bench.card import capacity_lines
-from duohead.bench.ceilings import Ceilings
 from duohead.bench.jobs import Job
 from duohead.bench.model import ModelBench
 from duohead.bench.models import build, config, estimated_weight_bytes
@@ -44,7 +46,7 @@ def test_the_tokens_fit_and_one_more_does_not(ratio: float, free: int) -> None:
 def test_without_retrieval_heads_any_length_fits() -> None:
     job = Job("decode", "duo", "tiny", 1, retrieval_ratio=0.0)
     policy = job.policy().bind(config("tiny"), dtype=torch.bfloat16)
-    assert tokens_within(policy, 10**9) == capacity.MOST_TOKENS
+    assert tokens_within(policy, 10**9) == MOST_TOKENS
 
 
 def test_the_estimate_equals_what_is_allocated() -> None:
@@ -94,6 +96,7 @@ def test_the_measurement_fills_and_decodes_and_reads_a_prompt() -> None:
     assert numbers["over_floor"] == pytest.approx(numbers["decode_median_ms"] / numbers["floor_ms"])
     assert numbers["prefill_tokens"] == 400
     assert numbers["prefill_seconds"] > 0
+    assert numbers["kernels"] == numbers["prefill_kernels"] == "tiled"
     assert numbers["logits_error"] <= numbers["logits_error_budget"]
     lines = capacity_lines(result, LIMITS)
     assert "tokens estimated in" in lines[0]
@@ -132,7 +135,7 @@ def test_an_estimate_that_is_too_high_is_lowered_by_a_few_per_cent(monkeypatch) 
 
 
 def test_a_prefill_that_fails_does_not_take_the_rest_along(monkeypatch) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         raise RuntimeError("a kernel died")
 
     monkeypatch.setattr(capacity.EngineRunner, "prefill", broken)
@@ -160,6 +163,48 @@ def test_the_command_measures_and_records(tmp_path: Path, capsys) -> None:
     assert entry["numbers"]["estimated_tokens"] > 700
 
 
+def test_what_was_measured_is_on_the_disk_before_the_long_prompt_starts(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    target = tmp_path / "capacity.jsonl"
+    command = "bench capacity --tokens 700 --memory 1 --device cpu --dtype bfloat16 --prefill 300 --chunk 128"
+    seen: list[int] = []
+    right = capacity._with_prefill
+
+    def watched(*args):
+        seen.append(len(target.read_text().splitlines()))
+        return right(*args)
+
+    monkeypatch.setattr(capacity, "_with_prefill", watched)
+    assert main([*command.split(), "--json", str(target)]) == 0
+    first, last = (json.loads(line) for line in target.read_text().splitlines())
+    assert seen == [1]
+    assert first["numbers"]["decode_median_ms"] == last["numbers"]["decode_median_ms"] > 0
+    assert "prefill_seconds" not in first["numbers"]
+    assert last["numbers"]["prefill_seconds"] > 0
+    assert first["shape"] == last["shape"]
+    assert (first["shape"]["attention"], first["shape"]["chunk"]) == ("tiled", 128)
+    told = [line for line in capsys.readouterr().err.splitlines() if " s  " in line]
+    assert [line.split(" s  ")[1].split(" ")[0] for line in told] == [
+        "measuring", told[1].split(" s  ")[1].split(" ")[0], "comparing", "allocating", "filling", "decoding",
+        "recorded", "a", "rehearsed;", "read", "read", "read", "decoding", "recorded",
+    ]  # fmt: skip
+    assert [line.split("read ")[1] for line in told if " read " in line] == [
+        f"{done} of 300 tokens" for done in (128, 256, 300)
+    ]
+    seconds = [float(line.split(" s  ")[0]) for line in told]
+    assert seconds == sorted(seconds)
+
+
+def test_without_a_prompt_there_is_no_prefill(monkeypatch) -> None:
+    monkeypatch.setattr(capacity, "_with_prefill", None)
+    memory = RUNTIME_BYTES + 2**20 * 90
+    found = measure_capacity(
+        ModelBench(CPU, torch.bfloat16), TINY, memory_bytes=memory, tokens=200, prefill=0
+    )
+    assert [result.prefill_seconds for result in found] == [None]
+
+
 def test_inspect_says_what_fits_for_a_shape(capsys) -> None:
     command = "inspect --capacity --model llama-3-8b --weights int8 --memory 79.1 --chunk 1"
     stored = ["--retrieval-dtype", "int4", "--streaming-dtype", "int4"]
@@ -169,7 +214,7 @@ def test_inspect_says_what_fits_for_a_shape(capsys) -> None:
         config("llama-3-8b"), JOB.policy(), memory_bytes=int(79.1 * GIB), weights="int8"
     )
     assert f"50.0%  {found.tokens:15,}" in out
-    assert f"int8 weights {capacity.gib(found.weight_bytes)}" in out
+    assert f"int8 weights {gib(found.weight_bytes)}" in out
     assert main([*command.split(), *stored]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
         "100.0%", "50.0%", "25.0%",
@@ -198,6 +243,11 @@ def test_inspect_says_what_fits_for_a_pattern(tmp_path: Path, capsys) -> None:
         ("inspect --capacity --model tiny --memory 1 --weights fp4", "--weights must be one of bf16, int8, int4"),
         ("inspect --capacity --model tiny --memory 1 --retrieval-dtype int3", "retrieval_dtype must be one of"),
         ("inspect --capacity --model ./nowhere --memory 1", "--model must be llama-3-8b"),
+        ("inspect --model tiny --chunk 8 heads", "--model, --chunk: of use with --capacity alone"),
+        ("inspect heads --streaming-dtype auto", "--streaming-dtype: of use with --capacity alone"),
+        ("inspect --capacity --model tiny --png a.png --head-dim 128", "--png, --head-dim: of no use with --capacity"),
+        ("inspect --capacity --model tiny --tokens 9", "--tokens: --capacity finds the tokens itself"),
+        ("bench capacity --chunk 32768", "--chunk: counts for --prefill alone"),
         ("bench capacity --tokens 0", "--tokens must be at least 1, got 0"),
         ("bench capacity --prefill -1", "--prefill must be at least 0, got -1"),
     ],

@@ -157,6 +157,22 @@ def test_every_operation_passes_the_oracle_and_gets_a_time(op: str, impl: str) -
     assert f"{op} 200 tokens" in kernel_line(result, LIMITS)
 
 
+def test_a_record_names_the_kernels_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small("prefill", retrieval_ratio=0.5)
+    query, views, _ = kernels.case_inputs(case, PLACE, 0)
+    assert kernels.what_runs(case, query, views, "auto") == "tiled"
+    assert kernels.what_runs(case, query, views, "reference") == "reference"
+    made = {True: "cute_prefill", False: "hopper_prefill"}
+    monkeypatch.setattr(kernels, "kernel_name", lambda query, view, impl: made[view.retrieval])
+    assert kernels.what_runs(case, query, views, "auto") == "cute+hopper"
+    made[True] = "hopper_prefill"
+    assert kernels.what_runs(case, query, views, "auto") == "hopper"
+    made[True] = "tiled"
+    assert kernels.what_runs(case, query, views, "auto") == "tiled"
+    monkeypatch.setattr(kernels.attention, "reads_storage", lambda *_, **options: True)
+    assert kernels.what_runs(small("decode"), query, views, "auto") == "triton"
+
+
 def test_several_queries_and_a_past_pass_too() -> None:
     for case in (
         small("decode", queries=5, retrieval_ratio=0.5),
@@ -318,8 +334,12 @@ def test_a_preset_goes_on_after_a_failure_and_ends_with_an_error(
         (["--baselines", "fa9"], "--baselines must be among sdpa, sdpa-flash"),
         (["--preset", "paper"], "--preset must be one of"),
         (["--lengths", "0"], "--lengths must be at least 1, got 0"),
+        (["--preset", "shapes"], "--lengths: a --preset has its own; leave one of the two out"),
+        (["--queries", "1"], "--queries: of no use here, only with --op decode or append"),
+        (["--op", "decode", "append", "--past", "9"], "--past: of no use here, only with --op streaming or prefill"),
+        (["--retrieval-ratio", "0.5"], "--retrieval-ratio: of no use here, only with --op prefill or"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_argument_is_one_line(
     capsys: pytest.CaptureFixture[str], change: list[str], message: str
 ) -> None:

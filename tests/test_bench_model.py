@@ -12,6 +12,7 @@ from duohead.bench import runners, verify
 from duohead.bench.card import describe_job, model_line
 from duohead.bench.cases import Case
 from duohead.bench.ceilings import Ceilings
+from duohead.bench.chosen import kernels_of
 from duohead.bench.filling import fill, fill_layer
 from duohead.bench.jobs import METHODS, PRESETS, Job, K, preset, read_bytes, spread
 from duohead.bench.kernels import Place
@@ -195,9 +196,11 @@ def test_every_method_is_timed_and_its_bytes_are_counted(
     numbers = result.numbers(LIMITS)
     json.dumps(numbers, allow_nan=False)
     if method == "transformers":
+        assert numbers["kernels"] == "sdpa"
         assert result.error is None
         assert result.kv_bytes == result.policy.dense_kv_bytes(job.length)
     else:
+        assert numbers["kernels"] == "tiled"
         assert result.error is not None and result.budget is not None
         assert 0 <= result.error <= result.budget
         assert result.kv_bytes == result.policy.kv_bytes(job.length)
@@ -210,6 +213,24 @@ def test_every_method_is_timed_and_its_bytes_are_counted(
     else:
         assert numbers["tokens_per_s"] == pytest.approx(3e5 / numbers["prefill_median_ms"])
     assert describe_job(job) in model_line(result, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "impl", "names"),
+    [
+        (1, "triton", "triton_decode"),
+        (20, "triton", "retrieval triton_prefill, streaming triton_prefill"),
+        (20, "reference", "retrieval reference, streaming reference"),
+        (1, "tiled", "tiled"),
+    ],
+)
+def test_a_record_names_the_kernels_that_attend(tokens: int, impl: str, names: str) -> None:
+    made = build("tiny", device=CPU, dtype=torch.float32)
+    cache = DuoCache(TINY.policy(), made, max_length=200)
+    cache.allocate(1, dtype=torch.float32, device=CPU)
+    fill(cache, 150)
+    heads = made.config.num_attention_heads
+    assert kernels_of(cache, heads=heads, tokens=tokens, impl=impl) == names
 
 
 def test_jobs_that_allow_it_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +266,7 @@ def test_the_part_of_the_streaming_heads_is_measured(bench: ModelBench) -> None:
     both = numbers["streaming_attention_ms"] + numbers["retrieval_attention_ms"]
     assert numbers["streaming_share"] == pytest.approx(numbers["streaming_attention_ms"] / both)
     assert 0 <= numbers["error"] <= numbers["error_budget"]
+    assert numbers["kernels"] == "retrieval tiled, streaming tiled"
     assert "streaming heads" in model_line(result, LIMITS)
 
 

@@ -214,32 +214,82 @@ def test_tables_of_the_readme_come_from_records(root: Path, tmp_path: Path, monk
             "".join(json.dumps(line) + "\n" for line in records())
         )
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
-    decode = tool.decode_kernels()
+    decode = tool.made("decode_kernels")
     assert "| 8K | 0.200 ms (cuDNN) | 0.008 ms, 90 % | 0.004 ms, 90 % |" in decode
     assert "Test GPU 80GB; torch 2.11.0, transformers 5.17.0." in decode
-    streaming = tool.streaming_kernels()
+    streaming = tool.made("streaming_kernels")
     assert streaming.splitlines()[2].startswith(
         "| 8K | 0.200 ms (cuDNN) | 0.900 ms | 0.082 ms | 0.082 ms |"
     )
-    steps = tool.model_decode()
+    steps = tool.made("model_decode")
     assert "| Llama-3-8B, 512K |  | out of memory |  |  |" in steps
-    assert "Llama-3-8B, 100K in 10K chunks" in tool.model_prefill()
-    room = tool.capacity()
+    assert "Llama-3-8B, 100K in 10K chunks" in tool.made("model_prefill")
+    room = tool.made("capacity")
     assert "4,200,000" in room and "out of memory" in room
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("speed", "table 'speed' must be one of needles"),
-        ("capacity", "table 'capacity' needs .*capacity-h100.jsonl"),
-    ],
-)
-def test_a_table_that_cannot_be_made_is_an_error(
-    root: Path, tmp_path: Path, monkeypatch, name: str, message: str
+def test_a_table_without_records_says_so_and_an_unknown_one_is_an_error(
+    root: Path, tmp_path: Path, monkeypatch
 ) -> None:
     tool = readme(root)
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
-    with pytest.raises(ValueError, match=message):
-        tool.rendered(f"<!-- table: {name} -->\n<!-- end -->")
+    page = "<!-- table: capacity -->\nold\n<!-- end -->"
+    assert (
+        tool.rendered(page) == "<!-- table: capacity -->\nNothing was measured yet.\n<!-- end -->"
+    )
+    for file in ("kernels-h100", "model-h100", "capacity-h100"):
+        (tmp_path / f"{file}.jsonl").write_text("")
+    for name, (file, _) in tool.SOURCES.items():
+        if "h100" in file:
+            assert tool.made(name) == "Nothing was measured yet.\n"
     assert tool.rendered("no table") == "no table"
+    with pytest.raises(ValueError, match="table 'speed' must be one of needles"):
+        tool.rendered("<!-- table: speed -->\n<!-- end -->")
+
+
+def test_prefills_stand_in_the_table_of_their_model_and_length(root: Path) -> None:
+    tables = readme(root).speed_tables
+    found = [
+        model("prefill", impl, length, ms, model=name, chunk=chunk, compile=True, retrieval_ratio=r)
+        for name, length, ratio in (("llama-3-8b", 320 * K, 0.5), ("llama-2-7b", 100 * K, 0.25))
+        for chunk in (32 * K, 128 * K)
+        for impl, ms, r in (("full", 33000.0, 1.0), ("duo", 20000.0, ratio))
+    ]
+    long, mha = tables.long_prefill(found), tables.mha_prefill(found)
+    assert "| Llama-3-8B, 320K in 32K chunks | 33.00 s | 20.00 s, 50 % | 1.65 × |" in long
+    assert "| Llama-3-8B, 320K in 128K chunks | 33.00 s | 20.00 s, 50 % | 1.65 × |" in long
+    assert "Llama-2-7B" not in long
+    assert "| Llama-2-7B, 100K in 32K chunks | 33.00 s | 20.00 s, 25 % | 1.65 × |" in mha
+    assert tables.model_prefill(found) == tables.NOTHING
+    eager = model("prefill", "duo", 320 * K, 30000.0, chunk=32 * K, compile=False)
+    assert "| Llama-3-8B, 320K in 32K chunks |  | 30.00 s, 50 % |  |" in tables.long_prefill(
+        [*found, eager]
+    ), "compiled and other times are not divided"
+
+
+def test_the_table_of_shapes_finds_cliffs(root: Path) -> None:
+    from duohead.bench.cases import preset
+
+    tables = readme(root).speed_tables
+    found = []
+    for case in preset("shapes"):
+        op = "prefill.streaming" if case.op == "streaming" else case.op
+        made = kernel(
+            op,
+            case.length,
+            1.0,
+            **{k: v for k, v in vars(case).items() if k not in ("op", "length")},
+        )
+        if case.batch == 8 and case.retrieval_dtype == "int4":
+            made["numbers"]["share_of_read_ceiling"] = 0.6
+        if case.head_dim == 64 and case.retrieval_dtype == "fp8":
+            made["numbers"]["decode_median_ms"] = "out of memory"
+        found.append(made)
+    lines = tables.shapes(found).splitlines()
+    assert lines[2] == "| of the tables | 90 % | 90 % | 90 % | 90 % | 50 % |  |"
+    assert "| batch 8 | 90 % | 90 % | 60 % |  | 50 % | int4 |" in lines
+    assert "| kv heads 32 | 90 % | 90 % | 90 % |  | 50 % | none |" in lines
+    assert "| head dim 64 | 90 % | out of memory | 90 % |  | 50 % | fp8 |" in lines
+    assert "| recent 8192 |  |  |  | 90 % | 50 % | none |" in lines
+    assert "| queries 8 |  |  |  | 90 % |  | none |" in lines
+    assert "| queries 8 " not in tables.decode_kernels(found), "neighbours have no row there"

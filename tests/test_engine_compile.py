@@ -17,6 +17,7 @@ from tiny import (
 
 from duohead import duo
 from duohead.models import compiling
+from duohead.models import engine as engine_module
 from duohead.models.engine import Engine
 from duohead.models.generate import generate
 
@@ -53,6 +54,7 @@ def test_slices_of_the_row_wise_parts_change_nothing_and_leave_the_model_as_it_w
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling, "SLICE_ROWS", 10)
+    monkeypatch.setattr(compiling, "NORM_BYTES", 1000)
     model = tiny(family)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with torch.no_grad():
@@ -61,6 +63,88 @@ def test_slices_of_the_row_wise_parts_change_nothing_and_leave_the_model_as_it_w
             found = model(ids(2)).logits
     assert_close(found, expected)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("length", [10, 11, 20, 21, 29])
+def test_slices_are_about_equally_long(length: int) -> None:
+    seen: list[int] = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[1])
+        return 2 * x
+
+    x = torch.randn(2, length, 3)
+    assert torch.equal(compiling._sliced(double, lambda _: 10)(x), 2 * x)
+    assert max(seen) <= 10
+    assert max(seen) - min(seen) <= 1
+    assert sum(seen) == length
+
+
+def test_a_slice_of_a_norm_has_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "NORM_BYTES", 2 * 7 * 96 * 4)
+    for shape in ((2, 50, 96), (2, 50, 3, 32)):
+        assert compiling._norm_step(torch.zeros(shape)) == 7
+    assert compiling._norm_step(torch.zeros(2, 50, 10_000)) == 1
+
+
+def counted_compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the classes whose forward is compiled from now on; they run as they are."""
+    asked: list[str] = []
+
+    def note(function: Any, **fields: Any) -> Any:
+        asked.append(type(function.__self__).__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", note)
+    return asked
+
+
+def test_only_long_prompts_compile_the_row_wise_parts_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llama = tiny("llama", num_hidden_layers=2)
+    policy = policy_for(llama, "alternating")
+    asked = counted_compiles(monkeypatch)
+    monkeypatch.setattr(engine_module, "is_long", lambda tokens, _: tokens >= LENGTH)
+    with duo(llama, policy):
+        engine = Engine(llama, max_length=2 * LENGTH)
+        engine.prefill(ids(1, LENGTH - 1))
+        assert asked == []
+        engine.reset()
+        assert_close(engine.prefill(ids()), expected_logits(llama, policy, ids())[:, -1])
+        assert sorted(asked) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 4
+        asked.clear()
+        never = Engine(llama, max_length=2 * LENGTH, compile=False)
+        never.prefill(ids())
+        assert asked == []
+    assert not engine.compiles
+
+
+def test_a_rehearsal_compiles_for_the_longest_prompt_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llama = tiny("llama", num_hidden_layers=2)
+    asked = counted_compiles(monkeypatch)
+    monkeypatch.setattr(engine_module, "is_long", lambda tokens, _: tokens >= LENGTH)
+    with duo(llama, policy_for(llama, "alternating")):
+        engine = Engine(llama, max_length=2 * LENGTH)
+        engine.prepare(tokens=LENGTH - 1)
+        assert asked == [] and engine.prepare_seconds == 0
+        engine.prepare()
+        assert len(asked) == 6 and engine.prepare_seconds > 0
+        asked.clear()
+        engine.prepare()
+        assert asked == []
+
+
+def test_long_is_a_matter_of_tokens_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(compiling, "LONG_PROMPT", 100)
+    assert compiling.is_long(100, gpu)
+    assert not compiling.is_long(99, gpu)
+    assert not compiling.is_long(100, cpu)
+    monkeypatch.setattr(compiling, "LONG_PROMPT", None)
+    assert not compiling.is_long(1 << 30, gpu)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])

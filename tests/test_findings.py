@@ -127,7 +127,8 @@ def test_a_diverged_training_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     options = IdentifyOptions(steps=3)
     gates = train.Gates.of(tiny("llama"), sink=4, recent=8)
     optimizer = torch.optim.AdamW([gates.values])
-    steps = train._train(None, gates, optimizer, [None] * 3, options, start=0)
+    watched = train.Stability(options)
+    steps = train._train(None, gates, optimizer, [None] * 3, options, watched, start=0)
     with pytest.raises(
         ValueError, match="loss must be finite, got nan at step 0: training diverged"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_gates import EAGER, RECENT, SINK, dense, gates_of, inputs, llama, sample, seen_by, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from duohead.identify.banded import Scores
 from duohead.identify.gates import Gates, answer_positions, distillation, installed
@@ -350,3 +352,33 @@ def test_the_penalty_is_the_mean_gate_and_clamping_keeps_gates_in_range() -> Non
     gates.clamp_()
     assert gates.values.tolist() == [0, 1]
     assert F.l1_loss(gates.values, torch.zeros(2)).item() == gates.penalty().item()
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the operations that reach it, which are those that nothing above it answers from what it kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_recomputation_spares_full_attention() -> None:
+    """Its results are kept: as many attention kernels run with recomputation as without."""
+    model, counts = llama(num_hidden_layers=3), []
+    for checkpointing in (False, True):
+        gates = gates_of(model, initial=0.5)
+        with (
+            installed(model, gates, gradient_checkpointing=checkpointing) as backbone,
+            _Counting() as counting,
+        ):
+            distillation(backbone, gates, sample()).backward()
+        counts.append(counting.counts)
+    kernel = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    assert counts[0][kernel] == counts[1][kernel] > 0
+    assert counts[0]["aten.mm.default"] < counts[1]["aten.mm.default"]

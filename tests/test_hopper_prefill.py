@@ -22,23 +22,24 @@ HARNESS = """
 using std::min; using std::max; using u32 = unsigned int;
 #define __device__
 #define __forceinline__ inline
-inline int load(const int* p) { return *p; }
+inline int load(const long long* p) { return (int)*p; }
 constexpr int TW = 64 / R, TT = 2 * TW, UNIT = 16, UB = BN / UNIT;
 @part@
 // What the rows of one tile see and where it comes from: origin[unit], seen[row][key of the tile], full[unit].
-extern "C" int plan(int number, const Numbers* n, const int* facts, int* place, int* origin, char* seen, char* full) {
+extern "C" int plan(int number, const Numbers* n, int* place, int* origin, char* seen, char* full) {
   Tile tile;
-  tile.set(number, *n, facts);
+  tile.set(number, *n);
   place[0] = tile.token; place[1] = tile.group; place[2] = tile.row; place[3] = tile.blocks; place[4] = tile.band_units;
+  place[5] = tile.head; place[6] = tile.low; place[7] = tile.start;
   for (int unit = 0; unit < tile.units; ++unit) origin[unit] = tile.origin(unit);
-  int start = facts[2 * tile.row + 1], width = tile.blocks * BN;
+  int width = tile.blocks * BN;
   for (int token = 0; token < TT; ++token) {
     Row row;
-    row.set(tile, tile.token + token, *n, start);
-    for (int at = 0; at < width; ++at) seen[token * width + at] = row.sees(at);
+    row.set(tile, tile.token + token, *n);
+    for (int at = 0; at < width; ++at) seen[token * width + at] = row.span(at / UNIT * UNIT).has(at);
   }
-  Row all = common(tile, *n, start);
-  for (int unit = 0; unit < width / UNIT; ++unit) full[unit] = all.sees_all(unit * UNIT, UNIT);
+  Row all = common(tile, *n);
+  for (int unit = 0; unit < width / UNIT; ++unit) full[unit] = all.whole(unit / UB) >> unit % UB & 1;
   return tile.units;
 }
 """
@@ -50,8 +51,7 @@ def arithmetic(tmp_path_factory: pytest.TempPathFactory):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    text = (Path(hopper_prefill.__file__).parent / "hopper_prefill.cu").read_text(encoding="utf-8")
-    part = text.split("// @tiles")[1].split("\n", 1)[1].split("// @end of tiles")[0]
+    part = (Path(hopper_prefill.__file__).parent / "hopper_tiles.cu").read_text(encoding="utf-8")
     folder = tmp_path_factory.mktemp("band")
 
     def build(group: int, block: int):
@@ -64,43 +64,49 @@ def arithmetic(tmp_path_factory: pytest.TempPathFactory):
     return build
 
 
+def planned(plan, number: int, numbers: hopper_launch.Numbers) -> tuple:
+    """Of one tile: how many units, its place, and what the C function wrote into the rest."""
+    place, origin = (ctypes.c_int * 8)(), (ctypes.c_int * 4096)()
+    seen, full = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(4096)
+    units = plan(number, ctypes.byref(numbers), place, origin, seen, full)
+    return units, list(place), list(origin[:units]), seen.raw, full.raw
+
+
 def check_tiles(
-    plan, numbers: hopper_launch._Numbers, facts: list[int], group: int, block: int
+    plan, numbers: hopper_launch.Numbers, last: Tensor, skipped: Tensor, group: int, block: int
 ) -> None:
     """Every row of every tile sees each key that it must see once, and none that it must not."""
-    facts_c = (ctypes.c_int * len(facts))(*facts)
     tokens = 2 * (64 // group)
     met = set()
     for number in range(numbers.tiles * numbers.kv_heads * numbers.rows):
-        place, origin = (ctypes.c_int * 5)(), (ctypes.c_int * 4096)()
-        seen, full = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(4096)
-        units = plan(number, ctypes.byref(numbers), facts_c, place, origin, seen, full)
-        token, kv_head, row, blocks, band_units = place
+        units, place, origin, seen, full = planned(plan, number, numbers)
+        token, kv_head, row, blocks, band_units, head = place[:6]
+        assert head == 7 - kv_head
         met.add((token, kv_head, row))
-        low, start = facts[2 * row : 2 * row + 2]
         width = blocks * block
-        found = torch.frombuffer(bytearray(seen.raw[: tokens * width]), dtype=torch.uint8)
-        found = found.reshape(tokens, width).bool()
-        keys = torch.tensor(origin[:units])[:, None] + torch.arange(UNIT)
+        found = torch.frombuffer(bytearray(seen[: tokens * width]), dtype=torch.uint8)
+        found = found.reshape(tokens, width).bool()[: numbers.queries - token]
+        keys = torch.tensor(origin)[:, None] + torch.arange(UNIT)
         is_sink = (torch.arange(units) >= band_units)[:, None].expand(-1, UNIT).flatten()
         keys = torch.cat([keys.flatten(), torch.full((width - units * UNIT,), -(1 << 30))])
         is_sink = torch.cat([is_sink, torch.zeros(width - units * UNIT, dtype=torch.bool)])
         assert not found[:, units * UNIT :].any(), "nothing beyond what was fetched"
         assert int(keys[: band_units * UNIT].min()) >= -numbers.ring
-        own = (torch.arange(tokens) + token + numbers.keys - numbers.queries)[:, None]
-        position = (torch.arange(tokens) + token + start)[:, None]
-        must = torch.where(
-            is_sink,
-            (keys < numbers.sinks) & (keys <= position),
-            (keys <= own) & (keys > own - numbers.reach) & (keys >= low),
-        )
+        own = (torch.arange(len(found)) + token + numbers.keys - numbers.queries)[:, None]
+        position = own + last[row] - (numbers.keys - 1)
+
+        def in_band(key: Tensor, own: Tensor = own, row: int = row) -> Tensor:
+            new = key + last[row] - (numbers.keys - 1) >= numbers.bound
+            held = key >= skipped[row] - numbers.ring
+            return (key <= own) & (key > own - numbers.reach) & torch.where(key < 0, held, new)
+
+        must = torch.where(is_sink, (keys < numbers.sinks) & (keys <= position), in_band(keys))
         assert torch.equal(found, must)
         # Each visible key is there once: as many as the definition has.
-        band = own[:, 0] - torch.maximum(own[:, 0] - numbers.reach, torch.tensor(low - 1))
-        sinks = position[:, 0].add(1).clamp(0, numbers.sinks)
-        assert torch.equal(found.sum(1), band.clamp(min=0) + sinks)
+        band = in_band(torch.arange(-numbers.ring, int(own.max()) + 1)).sum(1)
+        assert torch.equal(found.sum(1), band + position[:, 0].add(1).clamp(0, numbers.sinks))
         for index in range(width // UNIT):
-            if full.raw[index]:
+            if full[index]:
                 assert found[:, index * UNIT : (index + 1) * UNIT].all()
     tiles = range(0, numbers.queries, tokens)
     assert met == set(itertools.product(tiles, range(numbers.kv_heads), range(numbers.rows)))
@@ -109,37 +115,39 @@ def check_tiles(
 @pytest.mark.parametrize(("group", "block"), [(4, 144), (1, 128), (7, 96), (64, 160)])
 def test_every_row_sees_what_it_must_and_nothing_else(arithmetic, group: int, block: int) -> None:
     plan = arithmetic(group, block)
-    tokens = 2 * (64 // group)
+    heads = torch.tensor([7, 6])
     for sinks, reach, queries in itertools.product((0, 4, 128), (1, 63, 256), (1, 150)):
-        tiles = -(-queries // tokens)
+        tiles = -(-queries // (2 * (64 // group)))
+        # Rows: at the start of a text, with padding, beyond a ring, nothing but padding; tiles in both orders.
+        last = torch.tensor([queries - 1, queries - 1 - queries // 2, 999 + queries, -1])
+        skipped = torch.tensor([48, 48, 11, 48])
         for more in (0, 5):
-            # Rows: at the start of a text, with padding, beyond a ring; tiles in both orders.
-            facts = [
-                sinks,
-                0,
-                queries // 2 + sinks,
-                -(queries // 2),
-                -37,
-                1000,
-                queries + more,
-                -queries,
-            ]
-            numbers = hopper_launch._Numbers(
-                queries, queries + more, sinks, reach, 48, 2, 4, tiles, 3 if more else 0, 1.0
-            )
-            check_tiles(plan, numbers, facts, group, block)
+            numbers = hopper_launch.Numbers(
+                last.data_ptr(), skipped.data_ptr(), heads.data_ptr(), 1, 1,
+                queries, queries + more, sinks, sinks + more, reach, 48, 2, 4, tiles, 3 if more else 0, 1.0,
+            )  # fmt: skip
+            check_tiles(plan, numbers, last, skipped, group, block)
 
 
 def test_most_of_a_long_text_needs_no_mask(arithmetic) -> None:
     plan = arithmetic(4, 144)
-    numbers = hopper_launch._Numbers(4096, 4096, 128, 256, 0, 1, 1, 128, 0, 1.0)
-    facts = (ctypes.c_int * 2)(128, 0)
-    place, origin = (ctypes.c_int * 5)(), (ctypes.c_int * 4096)()
-    seen, full = ctypes.create_string_buffer(1 << 20), ctypes.create_string_buffer(64)
-    units = plan(100, ctypes.byref(numbers), facts, place, origin, seen, full)
+    last = torch.tensor([4095])
+    numbers = hopper_launch.Numbers(
+        last.data_ptr(), None, None, 0, 0, 4096, 4096, 128, 128, 256, 0, 1, 1, 128, 0, 1.0
+    )
+    units, *_, full = planned(plan, 100, numbers)
     assert units == (32 + 256 + 128) // UNIT
     # The oldest 32 keys of the band, the tile's own 32 and what the last block has beyond the sinks.
-    assert list(full.raw[:27]) == [0] * 2 + [1] * 14 + [0] * 2 + [1] * 8 + [0]
+    assert list(full[:27]) == [0] * 2 + [1] * 14 + [0] * 2 + [1] * 8 + [0]
+
+
+def begins(arithmetic, reads: hopper_launch.Reads, queries: int) -> list[list[int]]:
+    """By row: index of the first key that is a token and no sink, the first new one being 0; position of query 0."""
+    shape = hopper_launch.Shape(64, 1, 96, False)
+    numbers = hopper_launch.numbers(shape, reads, queries=queries, heads=None, scale=1.0)
+    count = numbers.tiles * numbers.kv_heads * numbers.rows
+    places = [planned(arithmetic(1, 96), number, numbers)[1] for number in range(count)]
+    return [list(x) for _, *x in sorted({(place[2], *place[6:]) for place in places})]
 
 
 def test_the_block_size_wastes_little() -> None:
@@ -157,7 +165,7 @@ def test_the_block_size_wastes_little() -> None:
             assert shape.shared_bytes <= 227 * 1024
 
 
-def test_the_ring_comes_in_order_and_the_facts_name_its_first_token() -> None:
+def test_the_ring_comes_in_order_and_its_first_token_is_found(arithmetic) -> None:
     policy = make_policy("none", 1, sink=2, recent=20)
     x = inputs(60, kv_heads=1, dim=8)
     layer = DuoLayer(policy, 0)
@@ -172,16 +180,32 @@ def test_the_ring_comes_in_order_and_the_facts_name_its_first_token() -> None:
     torch.testing.assert_close(reads.ring[0][:, :, -held:], x.keys[:, :, 50 - held : 50])
     torch.testing.assert_close(reads.ring[1][:, :, -held:], x.values[:, :, 50 - held : 50])
     torch.testing.assert_close(reads.sinks[0], x.keys[:, :, :2])
-    assert reads.facts.tolist() == [[-held, 50]]
+    assert begins(arithmetic, reads, 10) == [[-held, 50]]
 
 
-def test_padding_and_sinks_are_no_part_of_the_band() -> None:
+def test_padding_and_sinks_are_no_part_of_the_band(arithmetic) -> None:
     policy = make_policy("none", 1, sink=4, recent=20)
     x = inputs(40, kv_heads=1, dim=8, padding=(0, 7, 38))
     (view,) = direct_views(policy, 0, x.keys, x.values, queries=40, mask=x.mask)
     reads = hopper_prefill.gather(view, 40)
-    assert reads.facts.tolist() == [[4, 0], [11, -7], [40, -38]]
+    assert begins(arithmetic, reads, 40) == [[4, 0], [11, -7], [40, -38]]
     assert reads.ring is None
+
+
+@pytest.mark.parametrize("padding", [None, (0, 7, 45)])
+def test_slots_of_a_static_ring_that_are_empty_are_no_part_of_the_band(arithmetic, padding) -> None:
+    policy = make_policy("none", 1, sink=4, recent=20)
+    x = inputs(60, kv_heads=1, dim=8, padding=padding or (0, 0, 0))
+    layer = DuoLayer(policy, 0, max_length=256)
+    for start, stop in ((0, 9), (9, 48), (48, 60)):
+        handle, _ = layer.update(x.keys[:, :, start:stop], x.values[:, :, start:stop])
+        (view,) = handle.open(None if padding is None else x.mask[:, :stop])
+        got = begins(arithmetic, hopper_prefill.gather(view, stop - start), stop - start)
+        handle.commit()
+        for pad, (low, first) in zip(padding or (0,) * 3, got, strict=True):
+            # The band begins at the oldest token beyond the sinks that the ring still holds, if there is one.
+            assert first == max(stop - pad, 0) - (stop - start)
+            assert low == min(max(pad + 4, start - 20), stop) - start
 
 
 def view_of(
@@ -210,7 +234,7 @@ def test_calls_that_the_kernel_does_not_do_are_refused(fields, options, reason: 
         )
 
 
-def test_retrieval_heads_read_storage_in_place_or_a_decoded_past_in_order() -> None:
+def test_retrieval_heads_read_storage_in_place_or_a_decoded_past_in_order(arithmetic) -> None:
     for dtype in ("auto", "int8"):
         policy = make_policy("all", 1, retrieval_dtype=dtype)
         x = inputs(60, kv_heads=1, dim=8, padding=(0, 7, 55))
@@ -225,12 +249,12 @@ def test_retrieval_heads_read_storage_in_place_or_a_decoded_past_in_order() -> N
         if dtype == "auto":
             assert reads.ring is None
             assert reads.new[0].data_ptr() == view.whole[0].data_ptr()
-            assert reads.facts.tolist() == [[0, 50], [7, 43], [55, -5]]
+            assert begins(arithmetic, reads, 10) == [[0, 50], [7, 43], [55, -5]]
         else:
             assert reads.ring[0].shape[2] == 64
             assert torch.equal(reads.ring[0][:, :, 14:], view.past[0].read()[0])
             assert not reads.ring[0][:, :, :14].any()
-            assert reads.facts.tolist() == [[-50, 50], [-43, 43], [5, -5]]
+            assert begins(arithmetic, reads, 10) == [[-50, 50], [-43, 43], [5, -5]]
 
 
 def test_a_past_that_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +286,14 @@ def test_the_source_is_complete_for_every_shape() -> None:
         assert "m64n96k16.f32.f16.f16" in text
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.25])
+def test_scores_stay_the_same_with_a_positive_scale(scale: float) -> None:
+    query, keys = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 8, 7)
+    other, positive = hopper_prefill._positive(query, scale)
+    assert positive > 0
+    assert torch.equal(other @ keys * positive, query @ keys * scale)
+
+
 @pytest.fixture
 def hopper() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
@@ -281,8 +313,8 @@ def on_gpu(policy: HeadPolicy, x: Inputs, chunks, **options) -> Tensor:
         for view in handle.open(None if mask is None else mask[:, : start + count]):
             if only is None or view.retrieval == (only == "retrieval"):
                 hopper_prefill.attend(
-                    query[:, :, part], view, out, scale=query.shape[-1] ** -0.5,
-                    kv_heads=keys.shape[1], **options,
+                    query[:, :, part], view, out, kv_heads=keys.shape[1],
+                    **{"scale": query.shape[-1] ** -0.5} | options,
                 )  # fmt: skip
         handle.commit()
         outs.append(out)
@@ -345,3 +377,22 @@ def test_large_scores_stay_finite(hopper) -> None:
     x = inputs(900, kv_heads=2, groups=4, dim=128, dtype=torch.bfloat16)
     x = Inputs(x.query * 40, x.keys, x.values)
     hold(on_gpu(policy, x, [900]), policy, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_any_scale_is_taken(hopper, scale: float) -> None:
+    policy = make_policy("alternating", 2, sink=4, recent=63)
+    x = inputs(500, kv_heads=2, groups=4, dim=64, dtype=torch.bfloat16)
+    hold(on_gpu(policy, x, [500], scale=scale), policy, x, scale=scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sink", "recent"), [(4, 63), (20, 300), (128, 200)])
+def test_what_another_tile_left_in_memory_never_comes_back(hopper, sink: int, recent: int) -> None:
+    policy = make_policy("none", 2, sink=sink, recent=recent)
+    x = inputs(1500, kv_heads=2, groups=4, dim=128, padding=(0, 0, 0), dtype=torch.bfloat16)
+    plain = on_gpu(policy, x, [700, 800])
+    x.values[1] = torch.nan
+    got = on_gpu(policy, x, [700, 800])
+    assert torch.equal(got[[0, 2]], plain[[0, 2]])

@@ -17,7 +17,7 @@ import torch
 from tiny_identification import OPTIONS, TEXT, run, tiny
 
 from duohead.identify import IdentifyOptions, Step, train
-from duohead.identify.checkpoint import CHECKPOINT, LOG, fingerprint
+from duohead.identify.checkpoint import CHECKPOINT, LOG, fingerprint, history, written_at
 from duohead.pattern import HeadPattern
 
 
@@ -57,7 +57,7 @@ def test_the_pattern_says_how_it_was_made(tmp_path: Path) -> None:
     assert loaded.training["context_max"] == 400
     records = [json.loads(line) for line in (tmp_path / "heads" / LOG).read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(12))
-    assert set(records[0]) == set(Step._fields)
+    assert set(records[0]) == {*Step._fields, "gates"}
     assert records[-1]["mean_gate"] == pytest.approx(float(np.nanmean(pattern.alpha)))
 
 
@@ -118,6 +118,10 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
+# Any selection will do, so patience runs out as soon as it may.
+IMPATIENT = replace(OPTIONS, steps=40, warmup=0.1, patience=3, patience_slack=1.0)
+
+
 @pytest.mark.parametrize("moment", [0, 4, 5, 7, 11])
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, moment: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -135,21 +139,46 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path, moment: int) -
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("moment", [5, 7, 9])
+def test_an_interrupted_run_of_little_patience_ends_where_it_would_have(
+    tmp_path: Path, moment: int
+) -> None:
+    taken: list[Step] = []
+    expected = run(options=IMPATIENT, on_step=taken.append)
+    assert len(taken) == expected.training["steps_done"] == 11
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, options=IMPATIENT, on_step=_Interrupt(moment))
+    assert run(tmp_path, options=IMPATIENT).alpha.tobytes() == expected.alpha.tobytes()
+    again: list[Step] = []
+    run(tmp_path, options=IMPATIENT, on_step=again.append)
+    assert again == []
+
+
 def killed_run(out: str, moment: str) -> None:
-    """For a subprocess: a run that is killed after step 7, or while its second checkpoint is being written."""
+    """For a subprocess: a run that is killed after step 7, or while its second checkpoint is written."""
 
     def kill(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "step":
         run(Path(out), on_step=lambda step: kill() if step.step == 7 else None)
+    if moment == "write":
+        write, writes = Path.write_bytes, iter(range(100))
+
+        def write_half(path: Path, data: bytes) -> None:
+            late = next(writes)
+            write(path, data[: len(data) // 2] if late else data)
+            if late:
+                kill()
+
+        Path.write_bytes = write_half  # type: ignore[method-assign, assignment]
     replace_file, calls = os.replace, iter(range(100))
     os.replace = lambda *paths: kill() if next(calls) else replace_file(*paths)  # type: ignore[assignment]
     run(Path(out))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("moment", ["step", "save"])
+@pytest.mark.parametrize("moment", ["step", "write", "save"])
 def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, moment: str) -> None:
     code = f"import test_identify as t; t.killed_run({str(tmp_path / 'heads')!r}, {moment!r})"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
@@ -191,6 +220,37 @@ def test_another_run_in_the_same_folder_is_refused_until_restarted(tmp_path: Pat
     run(tmp_path, options=replace(faster, save_every=3, gradient_checkpointing=True))
 
 
+def test_a_restarted_run_replaces_the_old_one_with_its_first_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = written_at(tmp_path)
+    faster = replace(OPTIONS, learning_rate=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, options=faster, restart=True, on_step=_Interrupt(3))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert written_at(tmp_path) == written
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, options=faster, restart=True, on_step=_Interrupt(7))
+    assert written_at(tmp_path) != written
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(8))
+    expected = run(options=faster)
+    assert run(tmp_path, options=faster).alpha.tobytes() == expected.alpha.tobytes()
+    assert written_at(tmp_path / "elsewhere") is None
+
+
+def test_the_folder_remembers_how_the_gates_moved(tmp_path: Path) -> None:
+    pattern = run(tmp_path)
+    steps, alpha = history(tmp_path)
+    assert steps.tolist() == list(range(12))
+    assert alpha.shape == (12, *pattern.alpha.shape)
+    assert alpha[-1] == pytest.approx(pattern.alpha, abs=1e-4)
+    assert (alpha[0] > alpha[-1]).any()
+    (tmp_path / LOG).unlink()
+    with pytest.raises(ValueError, match="has no gates in it"):
+        history(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{broken", b"x" * 100])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CHECKPOINT).write_bytes(content)
@@ -205,7 +265,7 @@ def test_a_foreign_safetensors_file_is_not_taken_for_a_checkpoint(tmp_path: Path
     from safetensors.torch import save_file
 
     save_file({"gates": torch.ones(4)}, tmp_path / CHECKPOINT)
-    with pytest.raises(ValueError, match="must have format 'duohead-identify-1', got None"):
+    with pytest.raises(ValueError, match="must have format 'duohead-identify-2', got None"):
         run(tmp_path)
 
 
@@ -220,6 +280,11 @@ def test_a_foreign_safetensors_file_is_not_taken_for_a_checkpoint(tmp_path: Path
         ({"warmup": 0.6}, "warmup must be between 0 and 0.5, got 0.6"),
         ({"depth_min": 0.9, "depth_max": 0.1}, "depth_min must not exceed depth_max, got 0.9"),
         ({"context_min": 384}, r"context_min must exceed sink \+ recent = 384, .* got 384"),
+        ({"patience": -1}, "patience must not be negative, got -1"),
+        ({"patience_slack": 1.5}, "patience_slack must be between 0 and 1, got 1.5"),
+        ({"patience_ratios": (0.5, 1.0)}, "patience_ratios must be shares between 0 and 1"),
+        ({"patience_ratios": ()}, "patience_ratios must be shares between 0 and 1"),
+        ({"chat": "maybe"}, "chat must be one of auto, yes, no, got maybe"),
         ({"context_max": 1000}, "context_max must be at least context_min = 2000, got 1000"),
     ],
 )
@@ -283,4 +348,8 @@ def test_on_a_gpu_the_same_seed_gives_the_same_bits(dtype: torch.dtype) -> None:
     before = torch.are_deterministic_algorithms_enabled()
     alphas = [run(model=tiny().to("cuda", dtype)).alpha.tobytes() for _ in range(3)]
     assert alphas[0] == alphas[1] == alphas[2]
+    recomputed = run(
+        model=tiny().to("cuda", dtype), options=replace(OPTIONS, gradient_checkpointing=True)
+    )
+    assert recomputed.alpha.tobytes() == alphas[0]
     assert torch.are_deterministic_algorithms_enabled() == before

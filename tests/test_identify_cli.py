@@ -13,6 +13,8 @@ from duohead.cli import build_parser, main
 from duohead.cli.identify import FLAGS
 from duohead.identify import IdentifyOptions, train
 from duohead.identify.checkpoint import CHECKPOINT, LOG
+from duohead.identify.scorers import NAMES, load
+from duohead.identify.scorers.cost import COST
 from duohead.pattern import HeadPattern
 
 
@@ -27,11 +29,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def command(model: str, text: str, out: Path, *more: str) -> list[str]:
+    values = {field.name: getattr(OPTIONS, field.name) for field in fields(OPTIONS)}
     flags = [
         word
-        for field in fields(OPTIONS)
-        if not isinstance(value := getattr(OPTIONS, field.name), bool)
-        for word in (f"--{field.name.replace('_', '-')}", str(value))
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        for word in (f"--{name.replace('_', '-')}", str(value))
     ]
     return ["identify", model, "--text", text, "--out", str(out), *flags, *more]
 
@@ -67,7 +70,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_one_line(
         patch.setattr(train, "distillation", interrupted)
         assert main(command(*saved, out)) == 130
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
-    assert sorted(path.name for path in out.iterdir()) == [LOG, CHECKPOINT]
+    assert sorted(path.name for path in out.iterdir()) == sorted([LOG, COST, CHECKPOINT])
     assert main(command(*saved, out)) == 0
     assert HeadPattern.load(out).alpha.tobytes() == run().alpha.tobytes()
 
@@ -105,13 +108,105 @@ def test_every_bad_input_ends_in_one_line_and_writes_nothing(
         assert not out.exists()
 
 
+def test_restarting_is_as_safe_as_not_to_start(
+    saved: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "heads"
+    assert main(command(*saved, out)) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "distillation", interrupted)
+        assert main(command(*saved, out, "--restart")) == 130
+    assert f"{out} is as it was" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["before", "after", "joined"])
+def test_a_scorer_is_named_anywhere_and_its_flags_are_its_own(
+    place: str, saved: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = saved
+    named = ["--scorer=echo"] if place == "joined" else ["--scorer", "echo"]
+    flags = ["--tokens", "60", "--copies", "3", "--sink", "4", "--recent", "8"]
+    words = [*named, *flags] if place == "before" else [*flags, *named]
+    out = tmp_path / "heads"
+    assert main(["identify", model, "--text", text, "--out", str(out), *words]) == 0
+    shown = capsys.readouterr()
+    assert "4 heads ranked" in shown.out
+    assert "180 tokens forward and 0 backward" in shown.out
+    pattern = HeadPattern.load(out)
+    assert pattern.training["options"] == {
+        "sink": 4, "recent": 8, "seed": 0, "tokens": 60, "copies": 3, "samples": 1
+    }  # fmt: skip
+    assert (pattern.sink, pattern.recent) == (4, 8)
+
+
+def test_a_flag_of_another_scorer_is_refused(
+    saved: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "heads"
+    given = ["identify", saved[0], "--out", str(out)]
+    cases = {
+        "--copies is a flag of scorer echo, not of kvzip": ["--scorer", "kvzip", "--copies", "3"],
+        "--reg-weight is a flag of scorer optimise, not of echo": [
+            "--scorer=echo",
+            "--reg-weight=0.1",
+        ],
+        "--tokens is a flag of scorer echo, not of optimise": ["--tokens", "3"],
+        "invalid choice: 'magic'": ["--scorer", "magic"],
+        "invalid choice: 'sum'": ["--scorer", "kvzip", "--pool", "sum"],
+        "unrecognized arguments: --log": ["--scorer", "kvzip", "--log", "wandb"],
+        "unrecognized arguments: --nothing": ["--nothing"],
+    }
+    for message, more in cases.items():
+        assert main([*given, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_has_the_flags_of_the_scorer_that_is_named(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["identify", "--scorer", name, "--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    own = {field.name.replace("_", "-") for field in fields(load(name).options)}
+    for flag in own:
+        assert f"--{flag} " in shown or f"--no-{flag} " in shown or f"--{flag}\n" in shown
+    for other in NAMES:
+        foreign = {field.name.replace("_", "-") for field in fields(load(other).options)} - own
+        assert not any(f"--{flag} " in shown for flag in foreign)
+
+
 def test_the_flags_are_the_fields_of_the_options() -> None:
     parser = build_parser("identify")
-    known = {flag for flag in FLAGS if flag.startswith("--")}
-    own = {"--text", "--out", "--restart", "--dtype", "--device", "--revision"}
-    assert known - own == {f"--{field.name.replace('_', '-')}" for field in fields(IdentifyOptions)}
-    given = parser.parse_args(["identify", "pocket", "--out", "x"])
+    own = {"--scorer", "--text", "--dataset", "--out", "--restart", "--log", "--dtype"}
+    own |= {"--device", "--revision"}
     defaults = IdentifyOptions()
+    names = {
+        f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}"
+        for field in fields(defaults)
+    }
+    assert set(FLAGS) - own == names
+    given = parser.parse_args(["identify", "pocket", "--out", "x"])
     assert all(
         getattr(given, field.name) == getattr(defaults, field.name) for field in fields(defaults)
     )
+
+
+def test_phrases_and_shares_come_from_the_command_line(tmp_path: Path) -> None:
+    phrases = tmp_path / "phrases.toml"
+    phrases.write_text('answer = "It was:"')
+    words = ["--wording", str(phrases), "--patience-ratios", "0.5", "0.125", "--no-deterministic"]
+    given = build_parser("identify").parse_args(["identify", "pocket", "--out", "x", *words])
+    assert given.wording.answer == "It was:"
+    assert given.patience_ratios == [0.5, 0.125]
+    assert given.deterministic is False

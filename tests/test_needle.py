@@ -1,5 +1,8 @@
 """Needle scores mean what they say: the same samples for all, exact match as greedy decoding has it, real bytes."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_evaluation as tiny
@@ -10,6 +13,8 @@ from duohead.evaluate.demo import generate_greedy
 from duohead.evaluate.methods import all_streaming, comparison, random_heads
 from duohead.evaluate.needle import cache_bytes, evaluate_needle, new_cache, score_sample, using
 from duohead.evaluate.results import NeedleResult
+from duohead.evaluate.scoring import pieces, score_samples
+from duohead.evaluate.tables import label
 from duohead.evaluate.tasks import TASKS
 from duohead.identify.passkeys import Sample
 from duohead.pattern import HeadPattern
@@ -31,6 +36,7 @@ def text_ids(tokenizer):
     return torch.tensor(tokenizer(tiny.TEXT, add_special_tokens=False)["input_ids"])
 
 
+ROOT = Path(__file__).resolve().parent.parent
 POLICIES = {
     "full": None,
     "duo": HeadPolicy.from_heads(retrieval=[[0], [], [1]], num_kv_heads=2, sink=4, recent=16),
@@ -54,6 +60,67 @@ def test_exact_match_of_one_pass_is_that_of_greedy_generation(model, name, chunk
             score = score_sample(model, sample, cache=new_cache(model, policy), chunk=chunk)
         assert score.exact_match == (made == answer) == (wrong is None)
         assert score.first_token == (wrong != 0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_samples_side_by_side_score_as_they_do_alone(model, tokenizer, text_ids, name, chunk):
+    options = {"tasks": ["number", "late"], "lengths": [700], "depths": [0.2, 0.8], "samples": 3}
+    alone, together = (
+        evaluate_needle(
+            model,
+            tokenizer,
+            text_ids,
+            policies={name: POLICIES[name]},
+            batch=batch,
+            chunk=chunk,
+            **options,
+        )
+        for batch in (1, 8)
+    )
+    assert [replace(row, batch=8) for row in alone.rows] == list(together.rows)
+    assert any(0 < row.token_accuracy < 1 for row in alone.rows)
+
+
+def test_samples_of_different_lengths_do_not_share_a_pass(model):
+    samples = [Sample(torch.zeros(n, dtype=torch.long), ((n - 2, n),)) for n in (20, 30)]
+    with pytest.raises(ValueError, match=r"samples must be of one length .* got \[20, 30\]"):
+        score_samples(model, samples, cache=new_cache(model, None))
+
+
+def test_no_piece_of_a_prompt_is_a_single_token():
+    assert list(pieces(100, None)) == [(0, 100)]
+    assert list(pieces(100, 33)) == [(0, 33), (33, 66), (66, 100)]
+    assert list(pieces(3, 1)) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_rows_say_how_they_were_made_and_what_generation_took(model, tokenizer, text_ids):
+    policy = HeadPolicy.from_heads(
+        retrieval=[[0], [], [1]], num_kv_heads=2, sink=4, recent=16, prefill_recent=32
+    )
+    result = evaluate_needle(
+        model,
+        tokenizer,
+        text_ids,
+        policies={"full": None, "duo": policy},
+        tasks=["number"],
+        lengths=[512],
+        depths=[0.5],
+        samples=1,
+        seed=7,
+        chunk=100,
+        speed_tokens=4,
+        text="story",
+    )
+    full, duo = result.rows
+    assert (duo.sink, duo.recent, duo.prefill_recent) == (4, 16, 32)
+    assert (full.sink, full.recent, full.prefill_recent) == (None, None, None)
+    assert (full.attention, duo.attention) == ("sdpa", "duo:tiled")
+    for row in result.rows:
+        assert (row.text, row.sample_seed, row.chunk, row.batch) == ("story", 7, 100, 1)
+        assert row.text_digest == full.text_digest and len(row.text_digest) == 12
+        assert row.ttft_ms > 0 and row.tpot_ms > 0 and row.engine == "transformers"
+    assert duo.retrieval_ratio == 1 / 3
 
 
 def test_several_answers_of_a_sample_count_by_their_mean(model):
@@ -158,6 +225,9 @@ def test_evaluating_leaves_the_model_as_it_was(model, tokenizer, text_ids):
         ({"tasks": ["haystack"]}, "tasks must be among passkeys.* got haystack"),
         ({"tasks": []}, "tasks must not be empty"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"speed_tokens": 1}, "speed_tokens must leave .* be 2 or more, got 1"),
         ({"depths": [1.5]}, "depth must be between 0 and 1, got 1.5"),
     ],
 )
@@ -235,6 +305,40 @@ def test_records_come_back_as_the_rows_they_were(tmp_path):
     result = tiny.report().grid
     result.write(tmp_path / "needle.jsonl", model="pocket", dtype=torch.float32)
     assert NeedleResult.read(tmp_path / "needle.jsonl") == result
+
+
+def test_records_of_the_first_version_are_read_as_before():
+    result = NeedleResult.read(ROOT / "results" / "needle-pocket.jsonl")
+    assert result.mean(method="full", task="passkeys") > 0.9
+    assert result.rows[0].sample_seed is None
+
+
+def test_files_of_two_versions_are_not_read_together(tmp_path):
+    method = comparison(tiny.pattern(), ratios=(0.5,), draws=0, seed=0)["full"]
+    for version in (1, 2):
+        result = NeedleResult((tiny.row("full", method, task_version=version),))
+        result.write(tmp_path / f"{version}.jsonl", model="pocket", dtype=torch.float32)
+    with pytest.raises(ValueError, match="rows mix versions 1 and 2 of task 'passkeys'"):
+        NeedleResult.read(tmp_path / "1.jsonl", tmp_path / "2.jsonl")
+
+
+def test_a_record_that_lacks_something_is_named(tmp_path):
+    method = comparison(tiny.pattern(), ratios=(0.5,), draws=0, seed=0)["full"]
+    path = tmp_path / "needle.jsonl"
+    NeedleResult((tiny.row("full", method),)).write(path, model="pocket", dtype=torch.float32)
+    path.write_text(path.read_text().replace('"depth"', '"deep"'))
+    with pytest.raises(ValueError, match="record 'evaluate.needle' must say depth"):
+        NeedleResult.read(path)
+
+
+def test_windows_are_methods_of_their_own():
+    methods = comparison(
+        tiny.pattern(), ratios=(0.5,), draws=0, seed=0, windows=[(20, 1), (0, 20), (20, 1)]
+    )
+    assert list(methods) == ["full", "duo_50", "duo@20+1_50", "duo@0+20_50", "streaming"]
+    assert (methods["duo@20+1_50"].policy.sink, methods["duo@20+1_50"].policy.recent) == (20, 1)
+    assert methods["duo@0+20_50"].policy.layers == methods["duo_50"].policy.layers
+    assert label(methods["duo@0+20_50"]) == "identified heads, 50 %, 0+20"
 
 
 def test_means_weigh_rows_by_their_samples():

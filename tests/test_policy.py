@@ -283,6 +283,23 @@ def test_binding_fills_in_the_model_and_checks_it() -> None:
         two_layers().bind(config(layer_types=["chunked_attention"] * 2))
 
 
+def test_binding_takes_the_models_windows_and_refuses_others() -> None:
+    windowed = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        layer_types=["sliding_attention", "full_attention"], sliding_window=128,
+    )  # fmt: skip
+    bound = two_layers().bind(windowed)
+    assert [layer.window for layer in bound.layers] == [128, None]
+    assert two_layers(windows=[128, None]).bind(windowed) == bound == bound.bind(windowed)
+    with pytest.raises(
+        ValueError,
+        match="native window of 64 tokens in layer 0 but the model has one of 128 tokens; leave windows out",
+    ):
+        two_layers(windows=[64, None]).bind(windowed)
+    with pytest.raises(ValueError, match="of 128 tokens in layer 0 but the model has none"):
+        bound.bind(config())
+
+
 def test_a_policy_says_what_each_layer_stores() -> None:
     policy = HeadPolicy.from_heads(
         retrieval=[[0], [], [0, 1], [1], []], num_kv_heads=[2, 2, 2, 2, 0], windows=[None, None, None, 16, None],

@@ -51,6 +51,32 @@ def test_prefill_gives_the_last_logits_whatever_the_chunk(chunk: int | None) -> 
     assert cache.get_seq_length() == LENGTH
 
 
+@pytest.mark.parametrize("max_length", [None, LENGTH], ids=["growing", "static"])
+def test_the_host_counts_the_tokens_while_a_prompt_is_read_and_no_longer(
+    max_length: int | None,
+) -> None:
+    model = tiny("llama")
+    with duo(model, policy_for(model, "alternating")) as bound:
+        cache = DuoCache(bound, model, max_length=max_length)
+        counted: list[set[int | None]] = []
+
+        def look(_: int) -> None:
+            counted.append({layer.counted for layer in cache.duo_layers})
+
+        prefill(model, ids(length=20), cache, chunk=7, progress=look)
+        prefill(model, ids(length=9), cache, progress=look)
+        assert counted == [{7}, {14}, {20}, {29}]
+        assert {layer.counted for layer in cache.duo_layers} == {None}
+        cache.reset()
+
+        def interrupt(_: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            prefill(model, ids(), cache, chunk=7, progress=interrupt)
+        assert {layer.counted for layer in cache.duo_layers} == {None}
+
+
 def test_generate_says_what_was_written_and_what_it_took() -> None:
     model = tiny("llama")
     policy = policy_for(model, "random")

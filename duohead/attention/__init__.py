@@ -56,7 +56,7 @@ def prefill(
     Raises:
         ValueError: unknown ``impl``, or one that cannot do this here.
     """
-    name = choose(impl, query.device.type)
+    name = choose(impl, query.device.type, index=query.device.index)
     if name in KERNELS:
         out = query.new_empty(
             query.shape[0], query.shape[2], query.shape[1], views[0].values.shape[-1]
@@ -80,7 +80,7 @@ def reads_storage(query: Tensor, *, value_dim: int | None = None, impl: str = "a
     """
     if query.shape[2] > MAX_DECODE_TOKENS:
         return False
-    name = choose(impl, query.device.type)
+    name = choose(impl, query.device.type, index=query.device.index)
     if name not in KERNELS:
         return False
     from duohead.attention import triton_decode

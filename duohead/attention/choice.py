@@ -39,7 +39,6 @@ KERNELS = {
 MAX_DECODE_TOKENS = 8
 BEST_FIRST = ("cute", "hopper", "triton")
 FLASH_ATTENTION = "flash_attn.cute"
-CUDA_BINDINGS = "cuda.bindings.nvrtc"
 
 
 class Kernel(Protocol):
@@ -70,19 +69,24 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
-def choose(impl: str, device: str) -> str:
-    """The implementation that ``impl`` means on a device type ("cpu", "cuda"); what "auto" chooses is logged once.
+def choose(impl: str, device: str, *, index: int | None = None) -> str:
+    """The implementation that ``impl`` means on a device; what "auto" chooses is logged once.
+
+    Args:
+        impl: one of `IMPLEMENTATIONS`.
+        device: type of the device ("cpu", "cuda").
+        index: which of that type; None for the current one.
 
     Raises:
         ValueError: unknown ``impl``, or one that this machine cannot run.
     """
     check_impl(impl)
     if impl == "auto":
-        name = _best(device)
+        name = _best(device, index)
         if not torch.compiler.is_compiling():
             log_once(f"attention on {device}: impl={name}")
         return name
-    reason = _missing(impl, device)
+    reason = _missing(impl, device, index)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot run here: {reason}")
     return impl
@@ -136,16 +140,16 @@ def accept(reason: str | None, name: str, impl: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _best(device: str) -> str:
+def _best(device: str, index: int | None) -> str:
     """The fastest implementation that this machine has."""
     # The interpreter is for tests, which ask for it by name.
     if device == "cpu":
         return "tiled"
-    return next((name for name in BEST_FIRST if _missing(name, device) is None), "tiled")
+    return next((name for name in BEST_FIRST if _missing(name, device, index) is None), "tiled")
 
 
 @torch.compiler.assume_constant_result
-def _missing(name: str, device: str) -> str | None:
+def _missing(name: str, device: str, index: int | None) -> str | None:
     """What ``name`` needs and does not find, with the remedy; None if nothing."""
     if name not in KERNELS:
         return None
@@ -159,15 +163,19 @@ def _missing(name: str, device: str) -> str | None:
         return f"there are no kernels for {device!r}; use impl='tiled'"
     if name == "triton":
         return None
-    major = 0 if torch.version.hip else torch.cuda.get_device_capability()[0]
+    major = 0 if torch.version.hip else torch.cuda.get_device_capability(index)[0]
     if name == "hopper":
         if major != 9:
             return "it needs a Hopper GPU; use impl='triton'"
-        if not _installed(CUDA_BINDINGS):
-            return "cuda-bindings is not installed; pip install cuda-bindings, or use impl='triton'"
-    elif major not in (9, 10):
+        found: str | None = _module("hopper_launch").missing(
+            torch.cuda.current_device() if index is None else index
+        )
+        if found is not None:
+            log_once(f"attention without hopper: {found}")
+        return found
+    if major not in (9, 10):
         return "it needs a Hopper or Blackwell data-center GPU; use impl='triton'"
-    elif not _installed(FLASH_ATTENTION):
+    if not _installed(FLASH_ATTENTION):
         return "flash-attn-4 is not installed; pip install 'duohead[cuda]', or use impl='triton'"
     return None
 

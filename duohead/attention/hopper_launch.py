@@ -1,4 +1,4 @@
-"""Compilation and launch of `hopper_prefill.cu`, the own prefill kernel for Hopper.
+"""Compilation and launch of the own prefill kernel for Hopper, the `hopper_*.cu` beside this file.
 
 NVRTC compiles it when a shape is first needed, which takes about a second; `cuda-bindings`, which CUDA builds of torch
 bring, calls the driver. Tensors are described to the copy engine by tensor maps, which are kept for the addresses seen
@@ -34,6 +34,8 @@ LONG = 8192
 THREADS = 384
 # Keys and values of the heads that are worked on together, in bytes: what may stay in the L2 cache meanwhile.
 SECTION_BYTES = 24 << 20
+# The source, in the order in which its parts build on one another.
+PARTS = ("hopper_instructions.cu", "hopper_tiles.cu", "hopper_prefill.cu")
 _SMEM_ATTRIBUTE = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
 
 
@@ -53,7 +55,7 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block of threads: keys and values in flight, two tiles of queries, barriers, alignment."""
+        """Shared memory of a block of threads: keys and values in flight, queries, barriers, tiles, alignment."""
         keys = SLOTS * self.block * self.dim * 2
         return keys + 2 * 2 * WARP_GROUP_ROWS * self.dim * 2 + 1024 + 256
 
@@ -66,33 +68,47 @@ class Reads:
         new: the new keys and values [B, G, K, D].
         ring: those of the past [B, G, P, D], P a multiple of UNIT, the newest last; None without.
         sinks: the sinks [B, G, S, D], or None.
-        facts: int32 [B, 2]: index of the first key that is a real token and no sink, counted from the first new key
-            (negative in the ring); position of query 0.
+        last: int64 [B or 1], position of the last new key, to which the last query belongs; negative for padding.
+        skipped: int64 [B or 1], how many slots of the ring come before its first token that is no sink, or None.
+        bound: positions below it are read as sinks; 0 without sinks.
         reach: tokens back that a query sees outside the sinks, its own included; `EVERYTHING` for no limit.
     """
 
     new: KeysAndValues
     ring: KeysAndValues | None
     sinks: KeysAndValues | None
-    facts: Tensor
+    last: Tensor
+    skipped: Tensor | None
+    bound: int
     reach: int
 
 
 @functools.cache
-def missing() -> str | None:
-    """What this machine lacks to compile and launch, with the remedy; None if nothing."""
+def missing(index: int) -> str | None:
+    """What CUDA device ``index`` lacks to compile and load a kernel, with the remedy; None if nothing.
+
+    One empty kernel is compiled and loaded, once: NVRTC may not be there, or be newer than the driver.
+    """
     try:
         found = importlib.util.find_spec("cuda.bindings.nvrtc")
     except ModuleNotFoundError:  # its parent is not there
         found = None
     if found is None:
         return "cuda-bindings is not installed; pip install cuda-bindings, or use impl='triton'"
+    try:
+        _load(_compile('extern "C" __global__ void trial() {}'), b"trial", index)
+    except (ImportError, OSError, RuntimeError) as error:
+        return (
+            f"a trial kernel cannot be compiled and loaded ({' '.join(str(error).split())}); install an "
+            f"nvidia-cuda-nvrtc that the driver supports, or use impl='triton'"
+        )
     return None
 
 
 def source(shape: Shape) -> str:
-    """The kernel for one shape: constants, the matrix instructions of these sizes, and `hopper_prefill.cu`."""
-    text = (Path(__file__).parent / "hopper_prefill.cu").read_text(encoding="utf-8")
+    """The kernel for one shape: constants, the parts, and in them the matrix instructions of these sizes."""
+    folder = Path(__file__).parent
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in PARTS)
     constants = (
         f"#define D {shape.dim}\n#define R {shape.group}\n#define BN {shape.block}\n"
         f"#define HALF16 {int(shape.half)}\n#define INFINITY __int_as_float(0x7f800000)\n"
@@ -143,17 +159,19 @@ def compiled(shape: Shape) -> bytes:
     Raises:
         RuntimeError: NVRTC refuses the source; the message holds its log.
     """
+    return _compile(source(shape))
+
+
+def _compile(text: str) -> bytes:
     from cuda.bindings import nvrtc
 
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(source(shape).encode(), b"hopper_prefill.cu", 0, [], [])
-    )
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), b"hopper_prefill.cu", 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--use_fast_math"]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(result):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"NVRTC cannot compile the kernel for {shape}: {log.decode()}")
+        raise RuntimeError(f"NVRTC cannot compile the kernel: {log.decode()}")
     code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))
@@ -176,11 +194,24 @@ def _function(shape: Shape, device: int) -> Any:
     """The loaded kernel; device is part of the key, since a module belongs to one context."""
     from cuda.bindings import driver
 
-    module = _checked(driver.cuModuleLoadData(compiled(shape)))
-    function = _checked(driver.cuModuleGetFunction(module, b"attend"))
+    function = _load(compiled(shape), b"attend", device)
     attribute = getattr(driver.CUfunction_attribute, _SMEM_ATTRIBUTE)
     _checked(driver.cuFuncSetAttribute(function, attribute, shape.shared_bytes))
     return function
+
+
+def _load(code: bytes, name: bytes, device: int) -> Any:
+    """A kernel of machine code, for one device.
+
+    Raises:
+        RuntimeError: the driver refuses it, for instance because it is older than the compiler.
+    """
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.empty(1, device=device)  # makes the context, where nothing has run yet
+        module = _checked(driver.cuModuleLoadData(code))
+        return _checked(driver.cuModuleGetFunction(module, name))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -237,12 +268,42 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits and all(step % 16 == 0 and step > 0 for step in steps) else x.contiguous()
 
 
-class _Numbers(ctypes.Structure):
+class Numbers(ctypes.Structure):
+    """The kernel's `Numbers`, field by field."""
+
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("queries", "keys", "sinks", "reach", "ring")),
+        *((name, ctypes.c_void_p) for name in ("last", "skipped", "heads")),
+        *((name, ctypes.c_int) for name in ("last_step", "skipped_step")),
+        *((name, ctypes.c_int) for name in ("queries", "keys", "sinks", "bound", "reach", "ring")),
         *((name, ctypes.c_int) for name in ("kv_heads", "rows", "tiles", "section")),
         ("scale_log2", ctypes.c_float),
     ]
+
+
+def numbers(
+    shape: Shape, reads: Reads, *, queries: int, heads: Tensor | None, scale: float
+) -> Numbers:
+    """What the kernel is told of a call, tensors by address, so that they must outlive it."""
+    rows, kv_heads, tokens, dim = reads.new[0].shape
+    # A band of the same width everywhere is walked along; a growing one starts with its longest tiles, so that none is
+    # left over at the end, with as many heads at a time as the cache holds.
+    token_bytes = 2 * dim * reads.new[0].element_size()
+    section = max(1, SECTION_BYTES // (tokens * token_bytes)) if reads.reach >= LONG else 0
+    held, sinks = (0 if pair is None else pair[0].shape[2] for pair in (reads.ring, reads.sinks))
+    return Numbers(
+        reads.last.data_ptr(),
+        None if reads.skipped is None else reads.skipped.data_ptr(),
+        None if heads is None else heads.data_ptr(),
+        _row_step(reads.last),
+        _row_step(reads.skipped),
+        queries, tokens, sinks, reads.bound, reads.reach, held,
+        kv_heads, rows, -(-queries // shape.tokens), section, scale * LOG2E,
+    )  # fmt: skip
+
+
+def _row_step(x: Tensor | None) -> int:
+    """Elements from one batch row of [B or 1] to the next: none where one is for all."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
 def launch(
@@ -263,29 +324,18 @@ def launch(
     keys, values = ([_aligned(pair[side]) for pair in pairs] for side in (0, 1))
     maps = [_head_map(query, shape), _head_map(out.transpose(1, 2), shape)]
     maps += [b"".join(_key_maps(x, shape) for x in side) for side in (keys, values)]
-    rows, kv_heads, tokens, _ = keys[0].shape
-    tiles = -(-query.shape[2] // shape.tokens)
-    # A band of the same width everywhere is walked along; a growing one starts with its longest tiles, so that none is
-    # left over at the end, with as many heads at a time as the cache holds.
-    token_bytes = 2 * keys[0].shape[-1] * keys[0].element_size()
-    section = max(1, SECTION_BYTES // (tokens * token_bytes)) if reads.reach >= LONG else 0
-    held, sinks = (0 if pair is None else pair[0].shape[2] for pair in (reads.ring, reads.sinks))
-    numbers = _Numbers(
-        query.shape[2], tokens, sinks, reads.reach, held, kv_heads, rows, tiles,
-        section, scale * LOG2E,
-    )  # fmt: skip
     heads = None if heads is None else heads.long()
     logits = None if sink_logits is None else sink_logits.float().contiguous()
-    pointers = [
-        ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (reads.facts, heads, logits)
-    ]
+    told = numbers(shape, reads, queries=query.shape[2], heads=heads, scale=scale)
     buffers = [ctypes.create_string_buffer(content, len(content)) for content in maps]
     arguments = [ctypes.addressof(buffer) for buffer in buffers]
-    arguments += [ctypes.addressof(x) for x in (*pointers, numbers)]
+    logits_at = ctypes.c_void_p(None if logits is None else logits.data_ptr())
+    arguments += [ctypes.addressof(logits_at), ctypes.addressof(told)]
     packed = (ctypes.c_void_p * len(arguments))(*arguments)
     index = query.device.index
     blocks = min(
-        tiles * kv_heads * rows, torch.cuda.get_device_properties(index).multi_processor_count
+        told.tiles * told.kv_heads * told.rows,
+        torch.cuda.get_device_properties(index).multi_processor_count,
     )
     _checked(
         driver.cuLaunchKernel(

@@ -1,4 +1,4 @@
-"""Prefill on Hopper through the own kernel `hopper_prefill.cu`, for streaming and for retrieval heads.
+"""Prefill on Hopper through the own kernel of `hopper_launch`, for streaming and for retrieval heads.
 
 A tile of queries reads nothing but its sinks and its band, a block of keys at a time, so the time of streaming heads is
 linear in the length; for retrieval heads the band is the whole text. Left padding, sinks, the ring and the native
@@ -58,7 +58,9 @@ def supports(
         return "the kernel is for Hopper GPUs; use impl='triton'"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace the kernel; compile decode only"
-    return missing() or unfit(query, view, softcap=softcap, sink_logits=sink_logits)
+    return missing(query.get_device()) or unfit(
+        query, view, softcap=softcap, sink_logits=sink_logits
+    )
 
 
 def unfit(
@@ -102,19 +104,18 @@ def attend(
         query: [B, H, Q, D], all heads; query head h belongs to KV head h // (H / kv_heads).
         view: what its heads see.
         out: [B, Q, H, D], all heads.
-        scale: factor on the scores.
+        scale: factor on the scores, of any sign.
         softcap: None; `supports` refuses others.
         sink_logits: learned logit per query head [H] in the softmax, without a value, or None.
         kv_heads: KV heads of the layer, of all kinds; needed if ``view.heads`` is given.
 
     Raises:
-        ValueError: ``kv_heads`` is missing, ``scale`` is not positive, or the call is one that `unfit` names.
+        ValueError: ``kv_heads`` is missing, or the call is one that `unfit` names.
     """
     reason = unfit(query, view, softcap=softcap, sink_logits=sink_logits)
     if reason is not None:
         raise ValueError(f"the Hopper kernel cannot do this call: {reason}")
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}; use impl='tiled' for others")
+    query, scale = _positive(query, scale)
     kv_heads = view.layer_heads(kv_heads)
     if query.shape[2] == 0:
         return
@@ -124,6 +125,13 @@ def attend(
     shape = Shape(dim, group, block_for(reads, group, dim), query.dtype == torch.float16)
     with on_device(query):
         launch(shape, query, reads, out, heads=view.heads, scale=scale, sink_logits=sink_logits)
+
+
+def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a scale above 0 with the same scores: the kernel finds the largest score before it scales."""
+    if scale > 0:
+        return query, scale
+    return (torch.zeros_like(query), 1.0) if scale == 0 else (-query, -scale)
 
 
 def _past_bytes(view: HeadView) -> int:
@@ -136,25 +144,19 @@ def _past_bytes(view: HeadView) -> int:
 
 def gather(view: HeadView, queries: int) -> Reads:
     """What the heads of a view read whose ``queries`` belong to its last keys, without waiting for the device."""
-    new, ring = (view.keys, view.values), None
-    past_position = view.key_position[:, :0]
+    new, ring, skipped = (view.keys, view.values), None, None
+    # The kernel finds from the last position alone where the band of the new keys may begin.
+    last, bound = view.key_position[:, -1], 0 if view.sinks is None else view.sink
     if view.whole is not None and view.reach is None:
         new = view.whole
     elif view.past:
-        ring, past_position = _in_order(view)
-    # Positions ascend, so what is no token or is read as a sink comes first, in the past and in the new keys.
-    bound = 0 if view.sinks is None else view.sink
-    count, held = new[0].shape[2], past_position.shape[-1]
-    last = view.key_position[:, -1]
-    low = (bound + count - 1 - last).clamp(0, count)
-    if held:
-        low = low + (past_position < bound).sum(-1) - held
-    start = last - (queries - 1)
-    facts = torch.stack([low, start], dim=-1).int().expand(view.keys.shape[0], 2).contiguous()
+        ring, position = _in_order(view)
+        skipped = (position < bound).sum(-1)
     sinks = None
     if view.sinks is not None and view.sinks.position.shape[-1]:
         sinks = view.sinks.read()
-    return Reads(new, ring, sinks, facts, EVERYTHING if view.reach is None else view.reach)
+    reach = EVERYTHING if view.reach is None else view.reach
+    return Reads(new, ring, sinks, last, skipped, bound, reach)
 
 
 def _in_order(view: HeadView) -> tuple[KeysAndValues, Tensor]:

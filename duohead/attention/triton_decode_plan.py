@@ -157,7 +157,10 @@ def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:
 
     Native: two programs of 64 slots and three stages read 98 % of what the memory gives at 128K; twice as many programs
     in two rounds 90 %, 128 slots in two stages 82-87 %. Narrow codecs are bound by the latency between barriers, which
-    128 slots halve: 85 % for fp8, where a third program with fewer stages came to 61 %. Long rows get fewer slots.
+    128 slots halve: 85 % for fp8, where a third program with fewer stages came to 61 %.
+
+    From 16 rows on, tiles of 64 slots become warp-group products, whose compiled form (Triton 3.6) read beyond its
+    shared memory on an H100; 32 slots keep to the products of single warps.
     """
     if query.device.type == "cpu":
         return Tiles(64, 1, 2)
@@ -166,7 +169,9 @@ def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:
         return Tiles(32, 2, 1)
     if width > 128:
         return Tiles(32, 2, 2)
-    if block_m > 16 or view.codec in NATIVE:
+    if block_m >= 16:
+        return Tiles(32, 3, 2)
+    if view.codec in NATIVE:
         return Tiles(64, 3, 2)
     return Tiles(128, 3, 2)
 

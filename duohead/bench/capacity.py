@@ -1,14 +1,13 @@
-"""How many tokens fit on a card: an estimate from shapes alone, and the measurement that it has to agree with.
+"""How many tokens fit on a card, measured: the measurement that `duohead.bench.fitting`'s estimate has to agree with.
 
-Memory holds the weights, the cache (`HeadPolicy.kv_bytes` counts it to the byte), the activations of the longest
-forward, and what the runtime keeps for itself. `estimate` adds these up; `measure_capacity` allocates that cache, fills
-it, decodes at that length, and shows that a few per cent more do not fit.
+An estimate that nobody filled is a hope. `measure_capacity` allocates the estimated cache, fills it, decodes at that
+length, shows that a few per cent more do not fit, and reads a real prompt, which takes longest.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 
 from duohead.bench.ceilings import Ceilings
+from duohead.bench.chosen import kernels_of
+from duohead.bench.fitting import Estimate, estimate, gib
 from duohead.bench.jobs import Job, read_bytes
 from duohead.bench.kernels import OUT_OF_MEMORY
 from duohead.bench.model import (
@@ -29,103 +30,27 @@ from duohead.bench.model import (
     release,
     reset_peak,
 )
-from duohead.bench.models import config, estimated_weight_bytes, weight_bytes
+from duohead.bench.models import config, weight_bytes
 from duohead.bench.runners import EngineRunner
 from duohead.bench.timing import Timing, first_run
 from duohead.bench.verify import verify
 from duohead.cache import DuoCache
-from duohead.models.engine import REHEARSAL
 from duohead.policy import HeadPolicy
 
 logger = logging.getLogger(__name__)
-# The CUDA context, loaded kernels, libraries' workspaces and captured graphs.
-RUNTIME_BYTES = 768 * 2**20
 # More than the estimate by this share must not fit, or the estimate is too low.
 MARGIN = 0.03
-MOST_TOKENS = 1 << 40
 # What is tried if the estimate does not fit, as shares taken off it.
 BACKWARDS = (0.0, 0.01, 0.02, 0.03)
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What fills a card, in bytes, and the tokens that its cache holds."""
-
-    tokens: int
-    memory_bytes: int
-    weight_bytes: int
-    kv_bytes: int
-    activation_bytes: int
-    runtime_bytes: int = RUNTIME_BYTES
-
-
-def estimate(
-    made: Any,
-    policy: HeadPolicy,
-    *,
-    memory_bytes: int,
-    weights: str = "bf16",
-    chunk: int = 1,
-    batch: int = 1,
-) -> Estimate:
-    """Tokens that fit beside everything else.
-
-    Args:
-        made: transformers config of the model.
-        policy: which heads keep what; bound to the model here.
-        memory_bytes: memory of the card.
-        weights: "bf16", "int8" or "int4".
-        chunk: tokens per forward; 1 for decoding alone.
-        batch: rows.
-
-    Raises:
-        ValueError: not even the weights fit.
-    """
-    whole = estimated_weight_bytes(made, weights)
-    acts = activation_bytes(made, chunk=chunk, batch=batch, weights=weights)
-    free = memory_bytes - whole - acts - RUNTIME_BYTES
-    bound = policy.bind(made, dtype=policy.native_dtype)
-    tokens = tokens_within(bound, free, batch=batch)
-    if tokens < 1:
-        raise ValueError(
-            f"--memory must exceed weights, activations and runtime ({gib(whole + acts + RUNTIME_BYTES)}), got "
-            f"{gib(memory_bytes)}; use smaller weights or a smaller chunk"
-        )
-    return Estimate(tokens, memory_bytes, whole, bound.kv_bytes(tokens, batch), acts)
-
-
-def tokens_within(policy: HeadPolicy, free_bytes: int, *, batch: int = 1) -> int:
-    """The most tokens whose cache takes at most ``free_bytes``, for a policy that is bound to a model.
-
-    A policy that no length fills (no retrieval heads) gives MOST_TOKENS.
-    """
-    low, high = 0, MOST_TOKENS
-    while low < high:
-        middle = (low + high + 1) // 2
-        if policy.kv_bytes(middle, batch) <= free_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def activation_bytes(made: Any, *, chunk: int, batch: int = 1, weights: str = "bf16") -> int:
-    """Bytes that a forward of ``chunk`` tokens takes at its peak, beside weights and cache.
-
-    The feed-forward is the widest place: its two inner products, their product and the residual stream in 16 bits. The
-    last position alone goes through the vocabulary, in fp32 too. Quantised weights are decoded one layer at a time.
-    """
-    text = made.get_text_config(decoder=True)
-    rows = max(chunk * batch, REHEARSAL)
-    wide = rows * (3 * text.intermediate_size + 4 * text.hidden_size) * 2
-    logits = batch * text.vocab_size * (2 + 4 + 4)
-    decoded = 0 if weights == "bf16" else text.vocab_size * text.hidden_size * 2
-    return wide + logits + decoded
-
-
-@dataclass(frozen=True)
 class CapacityResult:
-    """An estimate and what became of it: times of a decode step at that length, and of a real prefill."""
+    """An estimate and what became of it: times of a decode step at that length, and of a real prefill.
+
+    ``kernels`` and ``prefill_kernels`` are those that attended (`duohead.bench.chosen`), in a prefill those of its
+    last chunk.
+    """
 
     job: Job
     policy: HeadPolicy
@@ -143,6 +68,8 @@ class CapacityResult:
     prefill_tokens: int = 0
     prefill_seconds: float | str | None = None
     prefill_peak_bytes: int = 0
+    prefill_kernels: str = ""
+    kernels: str = ""
     prepare_seconds: float = 0.0
     error: float | None = None
     budget: float | None = None
@@ -161,7 +88,7 @@ class CapacityResult:
         found |= {"floor_ms": floor, "over_floor": self.timing.median_ms / floor}
         for name in (
             "weight_bytes", "weight_bytes_read", "kv_bytes", "kv_bytes_read", "peak_bytes", "free_bytes",
-            "prepare_seconds",
+            "prepare_seconds", "kernels",
         ):  # fmt: skip
             found[name] = getattr(self, name)
         found |= {"logits_error": self.error, "logits_error_budget": self.budget}
@@ -175,6 +102,7 @@ class CapacityResult:
                 "prefill_tokens": self.prefill_tokens,
                 "prefill_seconds": self.prefill_seconds,
                 "prefill_peak_bytes": self.prefill_peak_bytes,
+                "prefill_kernels": self.prefill_kernels,
             }
         return found
 
@@ -186,8 +114,9 @@ def measure_capacity(
     memory_bytes: int,
     tokens: int | None = None,
     prefill: int = 0,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Iterator[CapacityResult]:
-    """Estimate, allocate, fill, decode; then a real prefill, if asked for; then try a few per cent more.
+    """Estimate, allocate, fill, decode; then try a few per cent more; then a real prefill, if asked for.
 
     If the estimate turns out too high, lengths down to MARGIN below it are tried. The prefill has a cache of its own
     and is not compiled: it shows that the pipeline holds, not how fast it can be.
@@ -198,6 +127,7 @@ def measure_capacity(
         memory_bytes: memory of the card, for the estimate.
         tokens: length to measure at; None for the estimate.
         prefill: tokens of a real prefill; 0 for none.
+        tell: called with what is about to be done, before everything that takes seconds.
 
     Yields:
         The result after every stage, each with all that was measured before.
@@ -212,34 +142,37 @@ def measure_capacity(
         weights=job.weights,
         batch=job.batch,
     )
+    tell(f"{found.tokens:,} tokens estimated; making {job.model} with {job.weights} weights")
     model = bench.model(job.model, job.weights)
     policy = job.policy().bind(model)
     whole, read = weight_bytes(model)
+    tell("comparing its logits with those of the reference implementation")
     error, budget = verify(model, policy, impl=job.impl)
     result = CapacityResult(
         job, policy, found, found.tokens, OUT_OF_MEMORY, whole, read, error=error, budget=budget
     )
     for length in [tokens] if tokens else [int(found.tokens * (1 - step)) for step in BACKWARDS]:
         result = replace(result, tokens=length)
+        tell(f"allocating a cache of {length:,} tokens, preparing the engine")
         with _running(result, model, bench.device, tokens=length, compile=job.compile) as subject:
             if subject is None:
                 continue
             try:
-                result = _decoded(result, subject, bench.device)
+                result = _decoded(result, subject, bench.device, tell)
             except torch.OutOfMemoryError:
                 continue
             yield result
         break
     if isinstance(result.timing, str):
         yield result
-    if prefill:
-        result = _with_prefill(result, model, bench.device, prefill)
-        yield result
-    if isinstance(result.timing, str):
-        return
-    if bench.device.type == "cuda" and tokens is None:
+    elif bench.device.type == "cuda" and tokens is None:
         beyond = int(found.tokens * (1 + MARGIN))
-        yield replace(result, beyond=beyond, beyond_fits=_fits(policy, model, beyond, job.batch))
+        tell(f"trying {beyond:,} tokens, which shall not fit")
+        fits = _fits(policy, model, beyond, job.batch)
+        result = replace(result, beyond=beyond, beyond_fits=fits)
+        yield result
+    if prefill:
+        yield _with_prefill(result, model, bench.device, prefill, tell)
 
 
 @contextmanager
@@ -272,35 +205,66 @@ def _running(
         release(device)
 
 
-def _decoded(result: CapacityResult, subject: EngineRunner, device: torch.device) -> CapacityResult:
+def _decoded(
+    result: CapacityResult,
+    subject: EngineRunner,
+    device: torch.device,
+    tell: Callable[[str], object],
+) -> CapacityResult:
     """The same with the time of a decode step that ends at the last token."""
+    kernels = _kernels(result.job, subject, past=0, new=1)
+    tell(f"filling the cache of {gib(subject.kv_bytes())}")
     subject.fill(max(result.tokens - STEPS, 1))
-    timing = decode_timing(subject, device=device)
+    tell(f"decoding {STEPS} steps, capturing the first")
+    timing, peak = decode_timing(subject, device=device), peak_bytes(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return replace(
         result,
         timing=timing,
+        kernels=kernels,
         kv_bytes=subject.kv_bytes(),
         kv_bytes_read=read_bytes(result.policy, mean_length(result.tokens), result.job.batch),
-        peak_bytes=peak_bytes(device),
-        free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0,
+        peak_bytes=peak,
+        free_bytes=free,
         prepare_seconds=subject.prepare_seconds,
     )
 
 
 def _with_prefill(
-    result: CapacityResult, model: Any, device: torch.device, count: int
+    result: CapacityResult,
+    model: Any,
+    device: torch.device,
+    count: int,
+    tell: Callable[[str], object],
 ) -> CapacityResult:
     """The same with a real prefill of ``count`` tokens and a few decode steps after it, or the reason why not."""
     result = replace(result, prefill_tokens=count, prefill_seconds=OUT_OF_MEMORY)
     tokens = torch.randint(model.config.vocab_size, (result.job.batch, count), device=device)
-    step = min(result.job.chunk, WARM_CHUNK)
+    step, chunk = min(result.job.chunk, WARM_CHUNK), result.job.chunk
+    done = 0
+
+    def count_up(more: int) -> None:
+        nonlocal done
+        done += more
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the host is ahead, and this shall be true
+        tell(f"read {done:,} of {count:,} tokens")
+
+    tell(f"a real prompt of {count:,} tokens in chunks of {chunk:,}, after a rehearsal")
     with _running(result, model, device, tokens=count + BURST, compile=False) as subject:
         if subject is None:
             return result
         try:
             subject.prefill(tokens[:, : 2 * step], step)  # compiles kernels
             release(device)
-            _, spent = first_run(lambda: subject.prefill(tokens, result.job.chunk), device=device)
+            new = min(chunk, count)
+            kernels = _kernels(result.job, subject, past=count - new, new=new)
+            reset_peak(device)
+            tell("rehearsed; reading")
+            _, spent = first_run(
+                lambda: subject.prefill(tokens, chunk, progress=count_up), device=device
+            )
+            tell(f"decoding {BURST} steps after it")
             subject.steps(BURST)
         except torch.OutOfMemoryError:
             return result
@@ -309,7 +273,23 @@ def _with_prefill(
             logger.warning("prefill of %d tokens failed", count, exc_info=error)
             reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return replace(result, prefill_seconds=reason)
-        return replace(result, prefill_seconds=spent / 1000, prefill_peak_bytes=peak_bytes(device))
+        return replace(
+            result,
+            prefill_seconds=spent / 1000,
+            prefill_peak_bytes=peak_bytes(device),
+            prefill_kernels=kernels,
+        )
+
+
+def _kernels(job: Job, subject: EngineRunner, *, past: int, new: int) -> str:
+    """What attends to ``new`` tokens after ``past`` ones in this runner, which forgets what it holds."""
+    subject.reset()
+    if past:
+        subject.fill(past)
+    heads = int(config(job.model).num_attention_heads)
+    found = kernels_of(subject.engine.cache, heads=heads, tokens=new, impl=job.impl)
+    subject.reset()
+    return found
 
 
 def _fits(policy: HeadPolicy, model: Any, tokens: int, batch: int) -> bool:
@@ -334,17 +314,3 @@ def limit_memory(device: torch.device, memory_bytes: int) -> None:
     if memory_bytes < total:
         outside = total - free - torch.cuda.memory_reserved(device)
         torch.cuda.set_per_process_memory_fraction(max(memory_bytes - outside, 0) / total, device)
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a GPU, or of this machine for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    import os
-
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def gib(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB"

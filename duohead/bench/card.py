@@ -5,9 +5,10 @@ The machine's copy is the record; this is made from the same results. Use `kerne
 
 from __future__ import annotations
 
-from duohead.bench.capacity import CapacityResult, gib
+from duohead.bench.capacity import CapacityResult
 from duohead.bench.cases import Case
 from duohead.bench.ceilings import Ceilings
+from duohead.bench.fitting import gib
 from duohead.bench.jobs import Job
 from duohead.bench.kernels import Result
 from duohead.bench.model import ModelResult, ShareResult

@@ -119,7 +119,8 @@ def _decode_kernels(records: Sequence[Record]) -> Iterator[Figure]:
         picture.series[line] = {}
     for entry in newest(records, "decode"):
         shape = entry["shape"]
-        if _plain(shape) and "speedup" in entry["numbers"]:
+        window = shape.get("sink", 64), shape.get("recent", 256)
+        if _plain(shape) and window == (64, 256) and "speedup" in entry["numbers"]:
             stored = stored_as(shape)
             line = f"{shape['retrieval_ratio']:.0%} {'mixed' if '/' in stored else stored}"
             picture.add(line, shape["length"], entry["numbers"]["speedup"])
@@ -141,7 +142,8 @@ def _streaming_kernels(records: Sequence[Record]) -> Iterator[Figure]:
     )
     for entry in newest(records, "prefill.streaming"):
         shape = entry["shape"]
-        if _plain(shape) and entry["hardware"].get("gpus"):
+        window = shape.get("sink", 128), shape.get("recent", 256)
+        if _plain(shape) and window == (128, 256) and entry["hardware"].get("gpus"):
             picture.add(entry["impl"], shape["length"], time_of(entry, "streaming"))
             picture.add("flex", shape["length"], _number(time_of(entry, "flex")))
     yield picture

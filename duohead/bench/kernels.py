@@ -23,7 +23,8 @@ from duohead import attention
 from duohead.bench import baselines
 from duohead.bench.cases import Case
 from duohead.bench.ceilings import Ceilings
-from duohead.bench.check import budget_of, dense, error_of, sampled
+from duohead.bench.check import Truth, sampled
+from duohead.bench.chosen import kernel_name
 from duohead.bench.filling import fill_layer
 from duohead.bench.timing import Timing, first_run, input_sets, measure_rotated
 from duohead.cache import DuoLayer
@@ -54,7 +55,8 @@ class Place:
 class Result:
     """What became of one case: a time, or the reason why there is none, beside those of the baselines.
 
-    ``error`` is the largest distance to fp64 and ``budget`` what was allowed; both None without a time.
+    ``impl`` is what ran (`what_runs`), or what was chosen to run if nothing did. ``error`` and ``budget`` are those of
+    the output row that came closest to its budget; both None without a time.
     """
 
     case: Case
@@ -198,21 +200,18 @@ def _timed(blank: Result, place: Place, impl: str) -> Result:
         query, views, store = case_inputs(case, place, seed)
         if seed == 0:
             rows = sampled(case.new_tokens, most=CHECKED_QUERIES, device=place.device)
-            exact = dense(query, views, rows, scale=scale, dtype=torch.float64)
-            budget = budget_of(dense(query, views, rows, scale=scale, dtype=place.dtype), exact)
+            # Before anything is stored: a ring forgets what the views still see.
+            truth = Truth.of(query, views, rows, scale=scale)
+            blank = replace(blank, impl=what_runs(case, query, views, impl))
         calls.append(_call(case, query, views, store, impl))
-        if case.op == "decode" and attention.reads_storage(query, impl=impl):
-            blank = replace(
-                blank, impl="triton"
-            )  # the one kernel that every such implementation decodes with
         if seed == 0:
             found, first = first_run(calls[0], device=place.device)
-            error = error_of(found[:, rows], exact)
+            error, budget = truth.verdict(found[:, rows])
             if not error <= budget:
                 raise ValueError(
                     f"{case.op} by {blank.impl} is off by {error:.3g}, more than {budget:.3g}; no speed is reported"
                 )
-            del exact, found
+            del truth, found
     time = measure_rotated(calls, device=place.device, seconds=place.seconds, first_ms=first)
     return replace(blank, outcome=time, error=error, budget=budget, input_sets=sets)
 
@@ -230,6 +229,17 @@ def _call(
         stored = store()
         return lambda: attention.decode(query, stored, scale=scale)
     return lambda: attention.prefill(query, views, scale=scale, impl=impl)
+
+
+def what_runs(case: Case, query: Tensor, views: Sequence[HeadView], impl: str) -> str:
+    """What attends when ``impl`` is asked for: its name, or those of several kernels with a plus between them."""
+    if case.op == "decode" and attention.reads_storage(query, impl=impl):
+        return "triton"  # has the one decode kernel
+    names = [kernel_name(query, view, impl) for view in views]
+    if "tiled" in names:  # one view without a kernel, and all of them go that way
+        return "tiled"
+    # "hopper_prefill": the implementation that the kernel comes from.
+    return "+".join(dict.fromkeys(name.partition("_")[0] for name in names))
 
 
 def case_inputs(
@@ -301,12 +311,10 @@ def _timed_baseline(case: Case, name: str, place: Place) -> Timing:
     rows = sampled(case.new_tokens, most=CHECKED_QUERIES, device=place.device)
     whole, first = first_run(call(inputs[0]), device=place.device)
     found = whole[:, :, rows].transpose(1, 2)
-    exact = dense(query, views, rows, scale=scale, dtype=torch.float64)
-    budget = budget_of(dense(query, views, rows, scale=scale, dtype=place.dtype), exact)
-    error = error_of(found, exact)
+    error, budget = Truth.of(query, views, rows, scale=scale).verdict(found)
     if not error <= budget:
         raise baselines.Unavailable(f"off by {error:.3g}, more than {budget:.3g}")
-    del views, whole, found, exact
+    del views, whole, found
     return measure_rotated(
         [call(entry) for entry in inputs],
         device=place.device,

@@ -18,10 +18,11 @@ from torch import Tensor
 from duohead.attention import choose
 from duohead.bench.cases import Case
 from duohead.bench.ceilings import Ceilings
+from duohead.bench.chosen import kernels_of
 from duohead.bench.jobs import Job, read_bytes
 from duohead.bench.kernels import OUT_OF_MEMORY, Place
 from duohead.bench.models import build, config, weight_bytes
-from duohead.bench.runners import Runner, runner
+from duohead.bench.runners import EngineRunner, Runner, runner
 from duohead.bench.shares import Share, attention_share
 from duohead.bench.timing import Timing, first_run, measure, timing_of
 from duohead.bench.verify import verify
@@ -63,6 +64,7 @@ class ModelResult(_Outcome):
 
     ``timing`` is per decode step, or of the whole prefill. ``weight_bytes_read`` and ``kv_bytes_read`` are what one
     decode step cannot but read. ``error`` and ``budget`` are those of `duohead.bench.verify`; None for transformers.
+    ``kernels`` are those that attended (`duohead.bench.chosen`), in prefill those of the last chunk.
     """
 
     timing: Timing | str
@@ -72,6 +74,7 @@ class ModelResult(_Outcome):
     kv_bytes_read: int = 0
     peak_bytes: int = 0
     prepare_seconds: float = 0.0
+    kernels: str = ""
     error: float | None = None
     budget: float | None = None
 
@@ -87,7 +90,7 @@ class ModelResult(_Outcome):
         if isinstance(self.timing, str):
             return {f"{what}_median_ms": self.timing, **limits.numbers()}
         found = {f"{what}_{name}": value for name, value in asdict(self.timing).items()}
-        for name in ("weight_bytes", "kv_bytes", "peak_bytes", "prepare_seconds"):
+        for name in ("weight_bytes", "kv_bytes", "peak_bytes", "prepare_seconds", "kernels"):
             found[name] = getattr(self, name)
         if self.error is not None:
             found |= {"logits_error": self.error, "logits_error_budget": self.budget}
@@ -220,14 +223,28 @@ class ModelBench:
         job = blank.job
         kept = self._runner(job, blank.policy, model)
         measured = self._prefill if job.measure == "prefill" else self._decode
+        timing, peak = measured(job, kept), peak_bytes(self.device)
         return replace(
             blank,
-            timing=measured(job, kept),
+            timing=timing,
+            kernels=self._kernels(job, kept.runner),
             kv_bytes=kept.runner.kv_bytes(),
             kv_bytes_read=read_bytes(blank.policy, mean_length(job.length), job.batch),
-            peak_bytes=peak_bytes(self.device),
+            peak_bytes=peak,
             prepare_seconds=kept.runner.prepare_seconds,
         )
+
+    def _kernels(self, job: Job, subject: Runner) -> str:
+        """What attends in a decode step, or in the last chunk of a prefill, of this runner."""
+        if not isinstance(subject, EngineRunner):
+            return "sdpa"
+        new = 1 if job.measure == "decode" else min(job.chunk, job.length)
+        subject.reset()
+        subject.fill(job.length - new)
+        heads = int(self._model.config.num_attention_heads)
+        found = kernels_of(subject.engine.cache, heads=heads, tokens=new, impl=job.impl)
+        subject.reset()
+        return found
 
     def _runner(self, job: Job, policy: HeadPolicy, model: PreTrainedModel) -> _Kept:
         """The runner of the job before, if it does for this one too, else a new one."""
@@ -258,6 +275,10 @@ class ModelBench:
         vocabulary = self._model.config.vocab_size
         tokens = torch.randint(vocabulary, (job.batch, job.length), device=self.device)
         subject = kept.runner
+        if isinstance(subject, EngineRunner) and not subject.engine.compiles:
+            # What compile="auto" compiles for this length counts as preparing.
+            subject.reset()
+            subject.engine.prepare(tokens=job.length)
         if kept.first_ms is None:
             step = min(job.chunk, WARM_CHUNK)
             kept.first_ms = self._clocked(subject, tokens[:, : 2 * step], step)

@@ -6,6 +6,7 @@ past), `steps`. Each holds the memory of one cache and gives it back with `close
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,10 +77,12 @@ class EngineRunner:
         """Time spent on compiling and capturing so far."""
         return float(self.engine.prepare_seconds)
 
-    def prefill(self, tokens: Tensor, chunk: int) -> None:
-        """Feed a prompt, token-exact."""
+    def prefill(
+        self, tokens: Tensor, chunk: int, *, progress: Callable[[int], object] | None = None
+    ) -> None:
+        """Feed a prompt, token-exact; ``progress`` is called with the number of tokens after every chunk."""
         self.engine.reset()
-        self.engine.prefill(tokens, chunk=chunk)
+        self.engine.prefill(tokens, chunk=chunk, progress=progress)
 
     def fill(self, tokens: int) -> None:
         """Give the engine's cache that length with random contents."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from duohead import attention
 from duohead.bench.cases import Case
-from duohead.bench.check import budget_of, dense, error_of, sampled
+from duohead.bench.check import Truth, sampled
+from duohead.bench.chosen import kernel_name
 from duohead.bench.kernels import CHECKED_QUERIES, Place, case_inputs
 from duohead.bench.timing import measure
 from duohead.cache.view import HeadView
@@ -26,12 +27,16 @@ from duohead.cache.view import HeadView
 
 @dataclass(frozen=True)
 class Share:
-    """Milliseconds of attention of each kind of head in all chunks of one layer, and the check of the results."""
+    """Milliseconds of attention of each kind of head in all chunks of one layer, and the check of the results.
+
+    ``kernels`` names those that attended, by kind of head.
+    """
 
     streaming_ms: float
     retrieval_ms: float
     error: float
     budget: float
+    kernels: str = ""
 
     @property
     def share(self) -> float:
@@ -46,6 +51,7 @@ class Share:
             "streaming_share": self.share,
             "error": self.error,
             "error_budget": self.budget,
+            "kernels": self.kernels,
         }
 
 
@@ -60,6 +66,7 @@ def attention_share(case: Case, place: Place, *, chunk: int, impl: str = "auto")
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     times = {True: 0.0, False: 0.0}
     worst = (0.0, 1.0)
+    kernels: dict[str, None] = {}
     for start in range(0, case.length, chunk):
         part = replace(case, op="prefill", length=min(start + chunk, case.length), past=start)
         query, views, _ = case_inputs(part, place, 0)
@@ -71,9 +78,11 @@ def attention_share(case: Case, place: Place, *, chunk: int, impl: str = "auto")
             )
             timing = measure(call, device=place.device, seconds=place.seconds)
             times[view.retrieval] += timing.median_ms
+            kind = "retrieval" if view.retrieval else "streaming"
+            kernels[f"{kind} {kernel_name(own, alone, impl)}"] = None
         del query, views, own, alone
         gc.collect()
-    return Share(times[False], times[True], *worst)
+    return Share(times[False], times[True], *worst, ", ".join(sorted(kernels)))
 
 
 def _alone(query: Tensor, view: HeadView, kv_heads: int) -> tuple[Tensor, HeadView]:
@@ -88,9 +97,7 @@ def _checked(query: Tensor, view: HeadView, case: Case, impl: str) -> tuple[floa
     scale = case.head_dim**-0.5
     rows = sampled(query.shape[2], most=CHECKED_QUERIES, device=query.device)
     found = attention.prefill(query, [view], scale=scale, impl=impl)[:, rows]
-    exact = dense(query, [view], rows, scale=scale, dtype=torch.float64)
-    budget = budget_of(dense(query, [view], rows, scale=scale, dtype=query.dtype), exact)
-    error = error_of(found, exact)
+    error, budget = Truth.of(query, [view], rows, scale=scale).verdict(found)
     if not error <= budget:
         raise ValueError(
             f"prefill at {case.length} tokens is off by {error:.3g}, more than {budget:.3g}; no speed is reported"

@@ -6,6 +6,8 @@ fixed addresses for compiled graphs. Layers without KV heads (linear attention, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,6 +112,20 @@ class DuoCache(Cache):
                 ),
                 padded=padded,
             )
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Inside, the host counts the tokens of a static cache too, so that attention does not wait for the length.
+
+        For forwards that the host launches one by one: a replayed graph counts on the device alone.
+        """
+        try:
+            for layer in self.duo_layers:
+                layer.counted = int(layer.length)
+            yield
+        finally:
+            for layer in self.duo_layers:
+                layer.counted = None
 
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, scales included; what `HeadPolicy.kv_bytes` predicts."""

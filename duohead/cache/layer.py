@@ -74,6 +74,8 @@ class DuoLayer(CacheLayerMixin):
         # Whether graphs may rely on the addresses: a static layer that was allocated outside of any.
         self.addressed = False
         self.length: int | Tensor = 0
+        # The length on the host, while `DuoCache.counted` keeps it: reading the device's would wait for all its work.
+        self.counted: int | None = None
         self.padding: Tensor | None = None
         self.kinds: list[Kind] = []
         self._stored: dict[tuple[int | None, ...], tuple[StoredView, ...]] = {}
@@ -165,7 +167,7 @@ class DuoLayer(CacheLayerMixin):
         if self.max_length is None or no_waiting(self.device):
             return
         if count > 1 or self.device.type == "cpu":
-            needed = int(self.length) + count
+            needed = int(self.now()) + count
             if needed > self.max_length:
                 raise ValueError(
                     f"max_length of this static cache is {self.max_length} tokens but {needed} are needed; "
@@ -174,7 +176,9 @@ class DuoLayer(CacheLayerMixin):
 
     def now(self) -> int | Tensor:
         """The length: on the host where that is allowed, on the device inside a graph."""
-        return self.length if no_waiting(self.device) else int(self.length)
+        if no_waiting(self.device):
+            return self.length
+        return int(self.length) if self.counted is None else self.counted
 
     def stored_views(self, reaches: tuple[int | None, ...]) -> tuple[StoredView, ...]:
         """What each kind of head holds, for queries that see ``reaches`` back; a static layer keeps the answer."""
@@ -202,7 +206,7 @@ class DuoLayer(CacheLayerMixin):
         """Refuse padding that changes once tokens are stored, where that needs no wait for the device."""
         if no_waiting(self.device) or (count == 1 and self.device.type != "cpu"):
             return
-        length = int(self.length)
+        length = int(self.now())
         before = torch.zeros_like(padding) if self.padding is None else self.padding
         # A row that was nothing but padding so far may go on being padded.
         if length and not bool(((padding == before) | (before >= length)).all()):
@@ -224,6 +228,8 @@ class DuoLayer(CacheLayerMixin):
             self.length.add_(count)
         else:
             self.length += count
+        if not no_waiting(self.device) and self.counted is not None:
+            self.counted += count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and an offset that marks this cache for our mask function."""

@@ -1,25 +1,32 @@
 """`duohead bench`: speed and memory, measured here, after the results were held against fp64 in the same process.
 
 `kernels` times attention of one layer against the best full attention there is, `model` whole models of true shapes,
-`capacity` the longest cache that fits; each prints a card and appends records, of which `report` draws pictures. Run
-`duohead bench kernels --preset decode-table --json results/kernels.jsonl`.
+`capacity` the longest cache that fits, `identify` a step of gate training; each appends records, of which `report` draws
+pictures. Run `duohead bench kernels --preset decode-table --json results/kernels.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from duohead.bench.identify_lines import add_flags as add_identify
 from duohead.cli.bench_flags import (
     FLAGS,
+    KERNEL_CASES,
     KERNEL_SIZES,
+    MODEL_JOBS,
     add_capacity,
     add_kernels,
     add_model,
     add_report,
 )
+from duohead.cli.given import Given, refuse, refuse_unless
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +39,12 @@ __all__ = ["FLAGS", "add_arguments", "run"]
 
 # What no flag of seconds or GiB means.
 MOST = 1_000_000
+BESIDE_A_PRESET = "a --preset has its own; leave one of the two out"
+USEFUL_OPERATIONS = {
+    "--queries": ("decode", "append"),
+    "--past": ("streaming", "prefill"),
+    "--retrieval-ratio": ("prefill", "decode", "append"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, (text, add, _) in KINDS.items():
         child = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add(child.add_argument)
+        add(functools.partial(child.add_argument, action=Given))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,7 +134,11 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         check_impl(impl)
     check_baselines(args.baselines or [])
     if args.preset is not None:
-        return [case for name in args.preset for case in preset(name)]
+        cases = [case for name in args.preset for case in preset(name)]
+        refuse(args, KERNEL_CASES, BESIDE_A_PRESET)
+        return cases
+    for flag, suits in USEFUL_OPERATIONS.items():
+        refuse_unless(args, flag, chosen=args.op, suits=suits, by="--op")
     return list(_asked_cases(args))
 
 
@@ -181,7 +198,12 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     check_impl(args.impl)
     if args.preset is not None:
         found = [job for name in args.preset for job in preset(name)]
+        refuse(args, MODEL_JOBS, BESIDE_A_PRESET)
         return [replace(job, compile=_compile(args), impl=args.impl) for job in found]
+    for flag in ("--chunks", "--seconds"):
+        suits = ("prefill", "share")
+        refuse_unless(args, flag, chosen=args.measure, suits=suits, by="--measure")
+    refuse_unless(args, "--retrieval-ratio", chosen=args.methods, suits=("duo",), by="--methods")
     return list(dict.fromkeys(_asked_jobs(args)))
 
 
@@ -215,11 +237,20 @@ def _compile(args: argparse.Namespace) -> bool | str:
     return "auto" if args.compile == "auto" else bool(args.compile == "yes")
 
 
+def _identify(args: argparse.Namespace) -> int:
+    from duohead.bench.identify_lines import run as lines
+
+    for line in lines(args):
+        print(line, flush=True)
+    return 0
+
+
 def _capacity(args: argparse.Namespace) -> int:
-    from duohead.attention import check_impl
-    from duohead.bench.capacity import device_memory, limit_memory, measure_capacity
+    from duohead.attention import check_impl, choose
+    from duohead.bench.capacity import limit_memory, measure_capacity
     from duohead.bench.card import capacity_lines, limits_lines
     from duohead.bench.ceilings import ceilings
+    from duohead.bench.fitting import device_memory
     from duohead.bench.model import ModelBench
     from duohead.record import write_record
 
@@ -228,28 +259,38 @@ def _capacity(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if not args.prefill:
+        refuse(args, ("--chunk",), "counts for --prefill alone; give its tokens, too")
     job = _job(
         args, "decode", "duo", length=1, chunk=args.chunk, retrieval_ratio=args.retrieval_ratio
     )
     device, dtype = _place(args)
+    shape = job.shape() | {"chunk": job.chunk, "attention": choose(args.impl, device.type)}
     memory = device_memory(device) if args.memory is None else int(args.memory * 2**30)
+    started = time.monotonic()
+
+    def tell(what: str) -> None:
+        print(f"{time.monotonic() - started:7.1f} s  {what}", file=sys.stderr, flush=True)
+
+    tell("measuring what the device can do")
     limits = ceilings(device)
     limit_memory(device, memory)
     bench = ModelBench(device, dtype)
     result = None
     for result in measure_capacity(
-        bench, job, memory_bytes=memory, tokens=args.tokens, prefill=args.prefill
+        bench, job, memory_bytes=memory, tokens=args.tokens, prefill=args.prefill, tell=tell
     ):
         if args.json is not None:
             write_record(
                 args.json,
                 op="capacity",
                 impl="duo",
-                shape=job.shape() | {"length": result.tokens, "chunk": job.chunk},
+                shape=shape | {"length": result.tokens},
                 dtype=dtype,
                 policy=result.policy,
                 numbers=result.numbers(limits),
             )
+            tell(f"recorded in {args.json}")
     assert result is not None, "there is a result of every stage"
     print(*capacity_lines(result, limits), *limits_lines(limits), sep="\n")
     return 0
@@ -273,5 +314,6 @@ KINDS: dict[str, tuple[str, Any, Any]] = {
     "kernels": ("attention of one layer against the best full attention", add_kernels, _kernels),
     "model": ("whole models of true shapes with random weights", add_model, _model),
     "capacity": ("the longest cache that fits beside a model", add_capacity, _capacity),
+    "identify": ("a step of gate training, and what a whole run would take", add_identify, _identify),
     "report": ("pictures of what the others measured", add_report, _report),
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from duohead.bench.identify_lines import FLAGS as IDENTIFY_FLAGS
+
 KERNEL_SIZES = {
     "heads": (8, "query heads"),
     "kv-heads": (4, "KV heads"),
@@ -22,32 +24,27 @@ MODEL_SIZES = {name: KERNEL_SIZES[name] for name in ("batch", "sink", "recent")}
 STORAGE = ("auto", "bf16", "fp8", "int8", "int4")
 STORAGE_FLAGS = ("--retrieval-dtype", "--streaming-dtype")
 PLACE_FLAGS = ("--impl", "--dtype", "--device", "--json")
-KERNEL_FLAGS = (
+# What is measured, which a preset says by itself; the other flags say how.
+KERNEL_CASES = (
     "--op",
-    "--preset",
     "--lengths",
     "--retrieval-ratio",
-    "--baselines",
-    "--seconds",
     *(f"--{name}" for name in KERNEL_SIZES),
     *STORAGE_FLAGS,
-    *PLACE_FLAGS,
 )
-MODEL_FLAGS = (
+KERNEL_FLAGS = (*KERNEL_CASES, "--preset", "--baselines", "--seconds", *PLACE_FLAGS)
+MODEL_JOBS = (
     "--measure",
     "--methods",
     "--model",
-    "--preset",
     "--lengths",
     "--chunks",
     "--retrieval-ratio",
     "--weights",
-    "--compile",
-    "--seconds",
     *(f"--{name}" for name in MODEL_SIZES),
     *STORAGE_FLAGS,
-    *PLACE_FLAGS,
 )
+MODEL_FLAGS = (*MODEL_JOBS, "--preset", "--compile", "--seconds", *PLACE_FLAGS)
 CAPACITY_FLAGS = (
     "--model",
     "--tokens",
@@ -62,7 +59,7 @@ CAPACITY_FLAGS = (
     *PLACE_FLAGS,
 )
 REPORT_FLAGS = ("--out", "--png")
-FLAGS = KERNEL_FLAGS + MODEL_FLAGS + CAPACITY_FLAGS + REPORT_FLAGS
+FLAGS = KERNEL_FLAGS + MODEL_FLAGS + CAPACITY_FLAGS + IDENTIFY_FLAGS + REPORT_FLAGS
 
 
 def _add_common(add: Any, sizes: dict[str, tuple[int, str]]) -> None:

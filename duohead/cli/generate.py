@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--chunk",
         type=int,
-        default=2048,
+        default=8192,
         metavar="N",
         help="prompt tokens per forward (%(default)s)",
     )

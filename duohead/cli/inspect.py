@@ -8,14 +8,25 @@ how many tokens fit on a card, for a pattern or for the plain shape of a model.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
+
+from duohead.cli.given import Given, refuse
 
 if TYPE_CHECKING:
     from duohead.pattern import HeadPattern
     from duohead.policy import HeadPolicy
 
+CAPACITY_FLAGS = (
+    "--model",
+    "--weights",
+    "--memory",
+    "--chunk",
+    "--retrieval-dtype",
+    "--streaming-dtype",
+)
 FLAGS = (
     "--retrieval-ratio",
     "--kv-budget",
@@ -26,12 +37,7 @@ FLAGS = (
     "--head-dim",
     "--png",
     "--capacity",
-    "--model",
-    "--weights",
-    "--memory",
-    "--chunk",
-    "--retrieval-dtype",
-    "--streaming-dtype",
+    *CAPACITY_FLAGS,
 )
 CAPACITY_RATIOS = (1.0, 0.5, 0.25)
 MOST_GIB = 1_000_000
@@ -67,21 +73,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
+        action=Given,
         type=int,
         default=32768,
         metavar="N",
         help="length to count bytes at (%(default)s)",
     )
     parser.add_argument(
-        "--head-dim", type=int, default=128, metavar="D", help="head size (%(default)s)"
+        "--head-dim",
+        action=Given,
+        type=int,
+        default=128,
+        metavar="D",
+        help="head size (%(default)s)",
     )
-    parser.add_argument("--png", metavar="FILE", help="also draw the heat map into a PNG file")
+    parser.add_argument(
+        "--png", action=Given, metavar="FILE", help="also draw the heat map into a PNG file"
+    )
     _add_capacity(parser)
 
 
 def _add_capacity(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("tokens that fit").add_argument
-    add("--capacity", action="store_true", help="estimate how many tokens fit on a card")
+    group = parser.add_argument_group("tokens that fit")
+    group.add_argument(
+        "--capacity", action="store_true", help="estimate how many tokens fit on a card"
+    )
+    add = functools.partial(group.add_argument, action=Given)
     add(
         "--model",
         metavar="NAME",
@@ -110,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the pattern, or how many tokens fit; write the picture if asked."""
     if args.capacity:
         return _capacity(args)
+    refuse(args, CAPACITY_FLAGS, "of use with --capacity alone; add it, or leave the rest out")
     if args.folder is None:
         raise ValueError(
             "FOLDER is needed, a pattern's folder or hub id; only --capacity goes without (see --help)"
@@ -139,11 +157,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _capacity(args: argparse.Namespace) -> int:
     """Print the tokens that fit, for the selected heads or for a few ratios."""
-    from duohead.bench.capacity import device_memory, estimate, gib
+    from duohead.bench.fitting import device_memory, estimate, gib
     from duohead.bench.models import any_config
     from duohead.pattern import HeadPattern
     from duohead.pocket.loading import device_of
 
+    refuse(
+        args,
+        ("--png", "--head-dim"),
+        "of no use with --capacity, which draws nothing and knows the model's head size; leave one of the two out",
+    )
+    if args.kv_budget is None:
+        refuse(args, ("--tokens",), "--capacity finds the tokens itself; leave one of the two out")
     if args.memory is not None and not 0 < args.memory < MOST_GIB:
         raise ValueError(f"--memory must lie between 0 and {MOST_GIB} GiB, got {args.memory}")
     if args.chunk < 1:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from duohead.evaluate.methods import Method, comparison, share_name
-from duohead.evaluate.needle import check_positions, evaluate_needle, using
+from duohead.evaluate.needle import check_positions, evaluate_needle
 from duohead.evaluate.progress import bar
 from duohead.evaluate.report import Example, Report
 from duohead.evaluate.results import NeedleResult
+from duohead.evaluate.scoring import using
 from duohead.evaluate.tasks import TASKS
 from duohead.record import record
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from duohead.evaluate.svg import WIDTH, picture, tag, text
+
+LETTER = 7.0  # pixels of a letter of 12 pixel text, on average
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class HeatMap:
     """A matrix of shares in [0, 1] as cells; NaN means no value and is hatched.
 
     `columns` and `rows` name the axes' ticks, `cell` says how a value is written when there is room
-    for it, and `kept` lists cells per mark ("dot", "ring") as (row, column).
+    for it (times `scale`, or 100 if `percent`), and `kept` lists cells per mark ("dot", "ring") as (row, column).
     """
 
     values: Sequence[Sequence[float]]
@@ -30,10 +33,15 @@ class HeatMap:
     description: str
     cell: str = "{:.2f}"
     percent: bool = False
+    scale: float = 1.0
     kept: Mapping[str, frozenset[tuple[int, int]]] | None = None
 
-    left = 52.0
     top = 24.0
+
+    @property
+    def left(self) -> float:
+        """Room for the longest row name, up to 40 % of the picture."""
+        return min(max(52.0, 14.0 + LETTER * max(map(len, self.rows))), 0.4 * WIDTH)
 
     def svg(self) -> str:
         """Draw it; texts inside cells and every second tick are left out where cells get small."""
@@ -47,19 +55,46 @@ class HeatMap:
                     value, self.left + c * wide, self.top + r * high, wide, high, (r, c)
                 )
         bottom = self.top + high * len(self.rows)
-        every = math.ceil(22.0 / wide)
-        parts += [
-            text(name, self.left + (c + 0.5) * wide, bottom + 16)
-            for c, name in enumerate(self.columns)
-            if c % every == 0
-        ]
-        parts.append(text(self.x_label, (self.left + WIDTH - 6) / 2, bottom + 36, kind="axis"))
-        return picture(parts, height=bottom + 42, title=self.title, description=self.description)
+        ticks, deep = self._column_ticks(wide, bottom)
+        middle = (self.left + WIDTH - 6) / 2
+        parts += [*ticks, text(self.x_label, middle, bottom + deep + 20, kind="axis")]
+        return picture(
+            parts, height=bottom + deep + 26, title=self.title, description=self.description
+        )
+
+    def _column_ticks(self, wide: float, bottom: float) -> tuple[list[str], float]:
+        """Names under the columns and the room they take: numbers are thinned out, words are tilted."""
+        places = [self.left + (c + 0.5) * wide for c in range(len(self.columns))]
+        longest = LETTER * max(map(len, self.columns))
+        words = any(not name[:1].isdigit() for name in self.columns)
+        if words and longest > wide:
+            names = [_cut(name, 16) for name in self.columns]
+            ticks = [
+                tag(
+                    "text",
+                    escape(name),
+                    class_="tick",
+                    text_anchor="end",
+                    transform=f"translate({x + 4:.1f} {bottom + 13:.1f}) rotate(-32)",
+                )
+                for name, x in zip(names, places, strict=True)
+            ]
+            return ticks, 16 + 0.55 * LETTER * max(map(len, names))
+        every = max(1, math.ceil((longest + 10) / wide))
+        return [
+            text(name, x, bottom + 16)
+            for name, x in list(zip(self.columns, places, strict=True))[::every]
+        ], 16.0
 
     def _row_ticks(self, high: float) -> list[str]:
         every = math.ceil(13.0 / high)
         return [
-            text(name, self.left - 7, self.top + (r + 0.5) * high + 4, anchor="end")
+            text(
+                _cut(name, int((self.left - 12) / LETTER)),
+                self.left - 7,
+                self.top + (r + 0.5) * high + 4,
+                anchor="end",
+            )
             for r, name in enumerate(self.rows)
             if r % every == 0
         ]
@@ -86,15 +121,20 @@ class HeatMap:
         kept = {mark for mark, cells in (self.kept or {}).items() if index in cells}
         if "ring" in kept:
             parts.append(tag("rect", **box, class_="ring", stroke_width=min(1.5, 0.12 * small)))
-        over = " over" if share > 0.62 else ""
+        # Where a light page still wants dark digits and a dark page does not.
+        over = " over" if share > 0.72 else " mid" if share > 0.51 else ""
         roomy = wide >= 30 and high >= 18
         if roomy:
-            written = self.cell.format(100 * value if self.percent else value)
+            written = self.cell.format(value * (100 if self.percent else self.scale))
             parts.append(text(written, x + wide / 2, y + high / 2 + 4, kind="value" + over))
         if "dot" in kept:
             cx, cy = (x + gap + 6, y + gap + 6) if roomy else (x + wide / 2, y + high / 2)
             parts.append(tag("circle", cx=cx, cy=cy, r=min(2.6, 0.22 * small), class_="dot" + over))
         return parts
+
+
+def _cut(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def colour_key(low: str, high: str) -> str:

@@ -27,12 +27,14 @@ class Method:
     """One way to run the model: `policy` None is the model as it is, `draw` counts random choices from 0.
 
     `share` of the gated heads is asked to be retrieval heads; the policy's own ratio is that, rounded to whole heads.
+    `window` is the (sink, recent) of a method that is about them, in tokens.
     """
 
     kind: Kind
     policy: HeadPolicy | None
     share: float
     draw: int | None = None
+    window: tuple[int, int] | None = None
 
 
 def random_heads(
@@ -87,8 +89,10 @@ def comparison(
     seed: int,
     sink: int | None = None,
     recent: int | None = None,
+    prefill_recent: int | None = None,
+    windows: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Method]:
-    """Methods by name: `full`; per ratio `duo_50` and `random_50_0` and so on; `streaming`.
+    """Methods by name: `full`; per ratio `duo_50`, `random_50_0` and so on, `duo@64+256_50`; `streaming`.
 
     Args:
         pattern: the identified heads.
@@ -98,6 +102,9 @@ def comparison(
         seed: of the random choices.
         sink: tokens, the pattern's own by default.
         recent: tokens, the pattern's own by default.
+        prefill_recent: tokens that streaming heads see in a prompt, `recent` by default.
+        windows: further (sink, recent) for the identified heads, such as (320, 1) for sinks alone beside the own token,
+            (0, 320) for recent tokens alone; `prefill_recent` is not for them.
     """
     if not ratios:
         raise ValueError(
@@ -106,7 +113,9 @@ def comparison(
     rivals = tuple(ratios) if random_ratios is None else tuple(random_ratios)
     methods = {"full": Method("full", None, 1.0)}
     for ratio in ratios:
-        policy = pattern.policy(retrieval_ratio=ratio, sink=sink, recent=recent)
+        policy = pattern.policy(
+            retrieval_ratio=ratio, sink=sink, recent=recent, prefill_recent=prefill_recent
+        )
         methods[f"duo_{share_name(ratio)}"] = Method("duo", policy, ratio)
         if ratio in rivals:
             # Each ratio draws from its own stream: adding a ratio leaves the draws of the others as they were.
@@ -115,5 +124,10 @@ def comparison(
                 random_heads(policy, pattern.gated, draws=draws, seed=stream)
             ):
                 methods[f"random_{share_name(ratio)}_{draw}"] = Method("random", rival, ratio, draw)
+        for first, last in dict.fromkeys(windows):
+            other = pattern.policy(retrieval_ratio=ratio, sink=first, recent=last)
+            methods[f"duo@{first}+{last}_{share_name(ratio)}"] = Method(
+                "duo", other, ratio, window=(first, last)
+            )
     methods["streaming"] = Method("streaming", all_streaming(policy, pattern.gated), 0.0)
     return methods

@@ -1,41 +1,53 @@
 """Needle retrieval: how often a model still finds what its context holds, with the full cache and with a small one.
 
-The figure that counts is exact match under greedy generation. One forward pass over question and answer gives it: where
-the argmax is right on every answer token, greedy decoding would have written exactly that answer, and where it is wrong
-on one, something else. `evaluate_needle(model, tokenizer, text_ids, policies=..., ...)` scores every method on the same
-samples, and each pass fills a real cache, whose bytes go into the same row.
+The figure that counts is exact match under greedy generation, which one forward pass over question and answer gives
+(`scoring.py`). `evaluate_needle(model, tokenizer, text_ids, policies=..., ...)` scores every method on the same
+samples, several in one pass, and each pass fills a real cache, whose bytes go into the same row.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from duohead.evaluate.results import NeedleResult, NeedleRow
+from duohead.evaluate.scoring import (
+    Score,
+    attention_of,
+    cache_bytes,
+    new_cache,
+    score_sample,
+    score_samples,
+    using,
+)
+from duohead.evaluate.speed import Speed, measure
 from duohead.evaluate.tasks import TASKS
-from duohead.identify.gates import answer_positions
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from duohead.identify.passkeys import Sample
 
-
-@dataclass(frozen=True)
-class Score:
-    """Of one sample: means over its answers, and their number."""
-
-    exact_match: float
-    first_token: float
-    token_accuracy: float
-    answers: int
+__all__ = [
+    "Score",
+    "cache_bytes",
+    "check_positions",
+    "evaluate_needle",
+    "new_cache",
+    "paper_grid",
+    "policy_facts",
+    "score_sample",
+    "text_digest",
+    "using",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,24 @@ class _Cell:
     length: int
     depth: float
     samples: list[Sample]
+
+
+def paper_grid(longest: int, *, shortest: int | None = None) -> tuple[list[int], list[float]]:
+    """The paper's needle grid (arXiv 2410.10819, figure 6): 13 evenly spaced lengths and 10 depths, 0 to 1.
+
+    Args:
+        longest: tokens of the longest context; for a model's figure, all it has positions for.
+        shortest: tokens of the shortest, by default a thirteenth of the longest.
+
+    Raises:
+        ValueError: fewer than 13 different lengths.
+    """
+    low = longest // 13 if shortest is None else shortest
+    if not 0 < low <= longest - 12:
+        raise ValueError(
+            f"lengths of the grid must be 13 different ones, got {low} to {longest} tokens; ask for a longer one"
+        )
+    return [low + (longest - low) * i // 12 for i in range(13)], [i / 9 for i in range(10)]
 
 
 def evaluate_needle(
@@ -58,6 +88,9 @@ def evaluate_needle(
     samples: int,
     seed: int = 0,
     chunk: int | None = None,
+    batch: int = 1,
+    speed_tokens: int | None = None,
+    text: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> NeedleResult:
     """Score every method of `policies` on the same samples, over `tasks` x `lengths` x `depths`.
@@ -73,18 +106,40 @@ def evaluate_needle(
         samples: per cell; a sample with several answers scores their mean.
         seed: of needles, and of the place in the text.
         chunk: run the context in pieces of this many tokens, to bound memory; all at once by default.
+        batch: samples of one task and length in one forward; memory grows with it, scores stay the same.
+        speed_tokens: also generate this many tokens per method and length and time them (`speed.py`), after a prompt
+            that is shorter by as many; by default no times are taken.
+        text: name of the text, for the rows.
         progress: called with the method's name after each scored sample.
 
     Raises:
         ValueError: an argument out of range, a length beyond the model's positions, or too short a text.
     """
     _check(model, text_ids, policies, tasks, lengths, depths, samples)
+    for name, value in (("batch", batch), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if speed_tokens is not None and not 2 <= speed_tokens <= min(lengths) - 3:
+        raise ValueError(
+            f"speed_tokens must leave at least 3 tokens of the shortest length for a prompt and be 2 or more, got "
+            f"{speed_tokens} with lengths from {min(lengths)}"
+        )
     cells = list(_cells(tokenizer, text_ids, tasks, lengths, depths, samples, seed))
-    rows = []
-    for name, policy in policies.items():
-        with using(model, policy) as bound:
-            rows += [_score_cell(model, name, bound, cell, chunk, progress) for cell in cells]
-    return NeedleResult(tuple(rows))
+    run = _Run(model, cells, chunk, batch, speed_tokens, progress)
+    facts: dict[str, Any] = {
+        "text": text,
+        "text_digest": text_digest(text_ids),
+        "sample_seed": seed,
+        "chunk": chunk,
+        "batch": batch,
+    }
+    return NeedleResult(
+        tuple(
+            NeedleRow(**row, **facts)
+            for name, policy in policies.items()
+            for row in run.method(name, policy)
+        )
+    )
 
 
 def _check(
@@ -154,115 +209,105 @@ def _cells(
                 yield _Cell(task, length, depth, made)
 
 
-def using(
-    model: PreTrainedModel, policy: HeadPolicy | None
-) -> AbstractContextManager[HeadPolicy | None]:
-    """`duo(model, policy)`, or for None a context that changes nothing; yields the policy bound to the model."""
+def text_digest(text_ids: torch.Tensor) -> str:
+    """Twelve digits that differ for different token ids."""
+    return hashlib.sha256(text_ids.long().cpu().numpy().tobytes()).hexdigest()[:12]
+
+
+def policy_facts(policy: HeadPolicy | None) -> dict[str, Any]:
+    """What every row says of its method's policy; the ratio counts heads of gated layers only."""
     if policy is None:
-        return nullcontext()
-    from duohead.models import duo
+        windows = dict.fromkeys(("sink", "recent", "prefill_recent", "policy"))
+        return {"retrieval_ratio": 1.0, **windows}
+    prompts = policy.recent if policy.prefill_recent is None else policy.prefill_recent
+    return {
+        "retrieval_ratio": policy.retrieval_ratio,
+        "sink": policy.sink,
+        "recent": policy.recent,
+        "prefill_recent": prompts,
+        "policy": policy.digest(),
+    }
 
-    return duo(model, policy)
+
+@dataclass(frozen=True)
+class _Run:
+    """What the passes of all methods share."""
+
+    model: PreTrainedModel
+    cells: list[_Cell]
+    chunk: int | None
+    batch: int
+    speed_tokens: int | None
+    progress: Callable[[str], None] | None
+
+    def method(self, name: str, policy: HeadPolicy | None) -> list[dict[str, Any]]:
+        """Fields of one method's rows, one for each cell in their order."""
+        with using(self.model, policy) as bound:
+            scores: list[list[Score]] = []
+            sizes: list[int] = []
+            for _, group in groupby(self.cells, key=lambda cell: (cell.task, cell.length)):
+                alike = list(group)
+                found, taken = self._scored(
+                    name, bound, [s for cell in alike for s in cell.samples]
+                )
+                for cell in alike:
+                    scores.append(found[: len(cell.samples)])
+                    del found[: len(cell.samples)]
+                    sizes.append(taken)
+            speeds = self._speeds(bound)
+            attention = attention_of(self.model, bound)
+        facts = {"method": name, "attention": attention, **policy_facts(bound)}
+        return [
+            facts | _cell_fields(cell, own, taken) | speeds.get(cell.length, {})
+            for cell, own, taken in zip(self.cells, scores, sizes, strict=True)
+        ]
+
+    def _scored(
+        self, name: str, policy: HeadPolicy | None, samples: list[Sample]
+    ) -> tuple[list[Score], int]:
+        """The score of each sample, and the cache bytes of one."""
+        scores: list[Score] = []
+        taken = 0
+        for start in range(0, len(samples), self.batch):
+            part = samples[start : start + self.batch]
+            cache = new_cache(self.model, policy)
+            scores += score_samples(self.model, part, cache=cache, chunk=self.chunk)
+            taken = cache_bytes(cache) // len(part)
+            if self.progress is not None:
+                for _ in part:
+                    self.progress(name)
+        return scores, taken
+
+    def _speeds(self, policy: HeadPolicy | None) -> dict[int, dict[str, Any]]:
+        """Times by context length, of the first sample of that length."""
+        if self.speed_tokens is None:
+            return {}
+        found: dict[int, dict[str, Any]] = {}
+        for cell in self.cells:
+            if cell.length not in found:
+                prompt = cell.samples[0].input_ids[: -self.speed_tokens]
+                speed: Speed = measure(
+                    self.model, policy, prompt, new_tokens=self.speed_tokens, chunk=self.chunk
+                )
+                found[cell.length] = {
+                    "ttft_ms": speed.ttft_ms,
+                    "tpot_ms": speed.tpot_ms,
+                    "engine": speed.engine,
+                }
+        return found
 
 
-def _score_cell(
-    model: PreTrainedModel,
-    name: str,
-    policy: HeadPolicy | None,
-    cell: _Cell,
-    chunk: int | None,
-    progress: Callable[[str], None] | None,
-) -> NeedleRow:
-    scores, taken = [], 0
-    for sample in cell.samples:
-        cache = new_cache(model, policy)
-        scores.append(score_sample(model, sample, cache=cache, chunk=chunk))
-        taken = cache_bytes(cache)
-        if progress is not None:
-            progress(name)
+def _cell_fields(cell: _Cell, scores: Sequence[Score], taken: int) -> dict[str, Any]:
     count = len(scores)
-    return NeedleRow(
-        task=cell.task,
-        task_version=TASKS[cell.task].version,
-        method=name,
-        retrieval_ratio=1.0 if policy is None else policy.retrieval_ratio,
-        sink=None if policy is None else policy.sink,
-        recent=None if policy is None else policy.recent,
-        policy=None if policy is None else policy.digest(),
-        length=cell.length,
-        depth=cell.depth,
-        samples=count,
-        answers=sum(score.answers for score in scores),
-        exact_match=sum(score.exact_match for score in scores) / count,
-        first_token=sum(score.first_token for score in scores) / count,
-        token_accuracy=sum(score.token_accuracy for score in scores) / count,
-        kv_bytes=taken,
-    )
-
-
-def new_cache(model: PreTrainedModel, policy: HeadPolicy | None) -> Cache:
-    """An empty cache: transformers' own (native windows respected) for full attention, else a `DuoCache`."""
-    if policy is None:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=text_config(model))
-    from duohead.cache import DuoCache
-
-    return DuoCache(policy, model)
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes that the keys and values of a filled cache hold in memory, read off its tensors."""
-    if hasattr(cache, "kv_bytes"):
-        return int(cache.kv_bytes())
-    # Layers without KV heads (linear attention, convolution) have neither.
-    stores = [
-        store
-        for layer in cache.layers
-        for store in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if store is not None
-    ]
-    return sum(store.nbytes for store in stores)
-
-
-@torch.inference_mode()
-def score_sample(
-    model: PreTrainedModel, sample: Sample, *, cache: Cache, chunk: int | None = None
-) -> Score:
-    """Run `sample` once through an empty `cache`; the argmax before each answer token is right or wrong.
-
-    Logits are computed on the rows that predict answers and nowhere else: [answer tokens, vocabulary].
-    """
-    ids = sample.input_ids.to(model.device)
-    rows = answer_positions(sample).to(model.device)
-    begin = 0
-    if chunk is not None:
-        from duohead.models.generate import prefill
-
-        # The pass that yields logits starts at the first answer's row; all before it needs none.
-        begin = int(rows[0])
-        prefill(model, ids[None, :begin], cache, chunk=chunk)
-    out = model(
-        ids[None, begin:], past_key_values=cache, use_cache=True, logits_to_keep=rows - begin
-    )
-    if out.logits.shape[1] != len(rows):
-        raise ValueError(
-            f"model must honour logits_to_keep, got logits for {out.logits.shape[1]} positions instead of {len(rows)}; "
-            "use a causal language model of transformers"
-        )
-    right = (out.logits[0].argmax(-1) == ids[rows + 1]).tolist()
-    return _score(right, [end - start for start, end in sample.answers])
-
-
-def _score(right: Sequence[bool], widths: Sequence[int]) -> Score:
-    parts, start = [], 0
-    for width in widths:
-        parts.append(right[start : start + width])
-        start += width
-    count = len(parts)
-    return Score(
-        exact_match=sum(all(part) for part in parts) / count,
-        first_token=sum(part[0] for part in parts) / count,
-        token_accuracy=sum(sum(part) / len(part) for part in parts) / count,
-        answers=count,
-    )
+    return {
+        "task": cell.task,
+        "task_version": TASKS[cell.task].version,
+        "length": cell.length,
+        "depth": cell.depth,
+        "samples": count,
+        "answers": sum(score.answers for score in scores),
+        "exact_match": sum(score.exact_match for score in scores) / count,
+        "first_token": sum(score.first_token for score in scores) / count,
+        "token_accuracy": sum(score.token_accuracy for score in scores) / count,
+        "kv_bytes": taken,
+    }

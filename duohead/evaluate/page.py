@@ -6,7 +6,7 @@ that needs nothing else: the style is inside, and there is no script and no link
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from duohead.evaluate.style import CSS
@@ -23,11 +23,29 @@ def document(title: str, body: str) -> str:
     )
 
 
-def card(title: str, caption: str, body: str, *, wide: bool = False) -> str:
-    """A figure with a heading and a caption (text) over its body (HTML); `wide` takes both columns."""
+def card(title: str, caption: str, body: str, *, wide: bool = False, level: int = 2) -> str:
+    """A figure with a heading and a caption (text) over its body (HTML); `wide` takes both columns.
+
+    `level` is that of the heading: 3 inside a `section`.
+    """
     kind = "card wide" if wide else "card"
-    head = f"<h2>{escape(title)}</h2>\n<figcaption>{escape(caption)}</figcaption>"
+    head = f"<h{level}>{escape(title)}</h{level}>\n<figcaption>{escape(caption)}</figcaption>"
     return f'<figure class="{kind}">\n{head}\n{body}\n</figure>'
+
+
+def section(name: str, title: str, text: str, cards: Sequence[str]) -> str:
+    """Cards (HTML) under a heading with an introduction (text); `name` is what a link to it points at."""
+    grid = "\n".join(cards)
+    return (
+        f'<section id="{escape(name)}">\n<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n'
+        f'<div class="grid">\n{grid}\n</div>\n</section>'
+    )
+
+
+def facts(pairs: Mapping[str, str]) -> str:
+    """Names and texts in two columns."""
+    lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in pairs.items())
+    return f'<dl class="facts">{lines}</dl>'
 
 
 def details_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,7 @@
-"""Needle heat maps as a PNG: one panel per method, context length across, depth of the needle down.
+"""Pictures of evaluations as PNG: needle heat maps, one panel per method, and prose against position.
 
 matplotlib is an extra (`report`), imported only here and only when a picture is asked for. Use
-`draw_needles(result, labels, path)`.
+`draw_needles(result, labels, path)` or `draw_prose(result, labels, path)`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
+    from duohead.evaluate.prose_results import ProseResult
     from duohead.evaluate.results import NeedleResult
 
 
@@ -55,6 +56,33 @@ def draw_needles(
     figure.supxlabel("context length, tokens", fontsize="medium")
     figure.supylabel("depth of the needle, %", fontsize="medium")
     figure.colorbar(image, ax=panels.tolist(), label="answers exactly right", shrink=0.7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def draw_prose(
+    result: ProseResult, labels: Mapping[str, str], path: str | os.PathLike[str]
+) -> None:
+    """Draw perplexity and divergence from the full model against position into a PNG at `path`, a row per length."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row.length for row in result.rows})
+    figure = Figure(figsize=(11, 3.4 * len(lengths)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(lengths), 2, squeeze=False)
+    for length, (perplexity, divergence) in zip(lengths, panels, strict=True):
+        for name, title in labels.items():
+            row = result.row(name, length)
+            bins = len(row.perplexity_by_position)
+            places = [length * (i + 0.5) / bins for i in range(bins)]
+            perplexity.plot(places, row.perplexity_by_position, label=title)
+            if row.kl_nats:
+                divergence.plot(places, row.kl_nats_by_position, label=title)
+        perplexity.set(ylabel="perplexity", xlabel=f"position, of {length:,} tokens")
+        divergence.set(ylabel="KL from full attention, nats", xlabel="position")
+    panels[0][0].legend(fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 

@@ -7,16 +7,25 @@ numbers. Scores of different task versions are never mixed: putting them togethe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, Literal, Protocol, TypeVar
 
 from duohead.files import write_text
 from duohead.record import read_records, record
 
 Metric = Literal["exact_match", "first_token", "token_accuracy"]
+Row = TypeVar("Row")
 OP = "evaluate.needle"
-_NUMBERS = ("answers", "exact_match", "first_token", "token_accuracy", "kv_bytes")
+_NUMBERS = (
+    "answers",
+    "exact_match",
+    "first_token",
+    "token_accuracy",
+    "kv_bytes",
+    "ttft_ms",
+    "tpot_ms",
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,11 @@ class NeedleRow:
     """What one method scored in one cell of the grid; scores are fractions, bytes those of an allocated cache.
 
     `length` counts tokens (question and answers included), `depth` is the needle's place in the text from 0 to 1,
-    `answers` are the scored ones of all `samples`. `sink`, `recent`, `policy` (a digest) are None for full attention.
+    `answers` are the scored ones of all `samples`. `sink`, `recent`, `prefill_recent`, `policy` (a digest) are None for
+    full attention, and `retrieval_ratio` counts heads of gated layers. What follows `kv_bytes` says how the score was
+    made (`attention` names what attended, `sample_seed` made needles and places) and what a real generation of one
+    sequence took: milliseconds to the first token and per token after it, and what decoded. It is None where it was not
+    measured, as in records of the first versions.
     """
 
     task: str
@@ -42,6 +55,42 @@ class NeedleRow:
     first_token: float
     token_accuracy: float
     kv_bytes: int
+    prefill_recent: int | None = None
+    text: str | None = None
+    text_digest: str | None = None
+    sample_seed: int | None = None
+    chunk: int | None = None
+    batch: int | None = None
+    attention: str | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    engine: str | None = None
+
+
+class Versioned(Protocol):
+    """A row of some version of a task."""
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        ...
+
+    @property
+    def task_version(self) -> int:
+        """Raised with every change of its wording or scoring."""
+        ...
+
+
+def check_versions(rows: Sequence[Versioned]) -> None:
+    """Raise ValueError if there are rows of two versions of one task."""
+    versions: dict[str, int] = {}
+    for row in rows:
+        known = versions.setdefault(row.task, row.task_version)
+        if known != row.task_version:
+            raise ValueError(
+                f"rows mix versions {known} and {row.task_version} of task {row.task!r}, whose scores cannot be "
+                "compared; keep one version, or run the other again"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,14 +100,7 @@ class NeedleResult:
     rows: tuple[NeedleRow, ...]
 
     def __post_init__(self) -> None:
-        versions: dict[str, int] = {}
-        for row in self.rows:
-            known = versions.setdefault(row.task, row.task_version)
-            if known != row.task_version:
-                raise ValueError(
-                    f"rows mix versions {known} and {row.task_version} of task {row.task!r}, whose scores cannot be "
-                    "compared; keep one version, or run the other again"
-                )
+        check_versions(self.rows)
 
     def select(self, **wanted: object) -> NeedleResult:
         """Rows whose fields equal the given ones; ValueError if there are none."""
@@ -111,31 +153,66 @@ class NeedleResult:
         ]
 
     def write(self, path: str | os.PathLike[str], *, model: str, dtype: Any) -> None:
-        """Write the rows to `path`, replacing it: one record per line, with `model` among what it depends on."""
-        made = record(op=OP, impl="", numbers={}, dtype=dtype)
-        lines = []
-        for row in self.rows:
-            values = asdict(row)
-            numbers = {name: values.pop(name) for name in _NUMBERS}
-            impl, policy = values.pop("method"), values.pop("policy")
-            shape = {"model": model, **values}
-            lines.append(
-                replace(made, impl=impl, shape=shape, policy=policy, numbers=numbers).to_json()
-                + "\n"
-            )
-        write_text(path, "".join(lines))
+        """Write the rows to `path`, replacing it: one record per line, with `model` among what it depends on.
+
+        `impl` of these records is the method; what attended is their `attention`.
+        """
+        write_rows(path, self.rows, op=OP, numbers=_NUMBERS, model=model, dtype=dtype)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> NeedleResult:
-        """Rows from a file of records that `write` made; records of other operations are passed over."""
-        return cls(tuple(_row(entry) for entry in read_records(path) if entry.get("op") == OP))
+    def read(cls, *paths: str | os.PathLike[str]) -> NeedleResult:
+        """Rows from files of records that `write` made; records of other operations are passed over."""
+        return cls(read_rows(paths, op=OP, kind=NeedleRow))
 
 
-def _row(entry: Mapping[str, Any]) -> NeedleRow:
+def write_rows(
+    path: str | os.PathLike[str],
+    rows: Sequence[Any],
+    *,
+    op: str,
+    numbers: Sequence[str],
+    model: str,
+    dtype: Any,
+) -> None:
+    """Write dataclass rows to `path`, replacing it: one record per line, `numbers` being the fields that were measured.
+
+    The others, and `model`, are what they depend on; fields `method` and `policy` have a place of their own.
+    """
+    made = record(op=op, impl="", numbers={}, dtype=dtype)
+    lines = []
+    for row in rows:
+        values = asdict(row)
+        measured = {name: values.pop(name) for name in numbers}
+        impl, policy = values.pop("method"), values.pop("policy")
+        shape = {"model": model, **values}
+        whole = replace(made, impl=impl, shape=shape, policy=policy, numbers=measured)
+        lines.append(whole.to_json() + "\n")
+    write_text(path, "".join(lines))
+
+
+def read_rows(
+    paths: Sequence[str | os.PathLike[str]], *, op: str, kind: type[Row]
+) -> tuple[Row, ...]:
+    """Rows of dataclass `kind` from the records of `op`; ValueError if one lacks a field that has no default."""
+    entries = (entry for path in paths for entry in read_records(path))
+    return tuple(_row(entry, kind) for entry in entries if entry.get("op") == op)
+
+
+def _row(entry: Mapping[str, Any], kind: type[Row]) -> Row:
     values = {
         **entry["shape"],
         **entry["numbers"],
         "method": entry["impl"],
         "policy": entry["policy"],
     }
-    return NeedleRow(**{field.name: values[field.name] for field in fields(NeedleRow)})
+    known = fields(kind)  # type: ignore[arg-type]
+    needed = {field.name for field in known if field.default is MISSING}
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(
+            f"record {entry['op']!r} must say {', '.join(missing)}, got only {', '.join(sorted(values))}; it is "
+            "damaged, or made by something else"
+        )
+    names = [field.name for field in known if field.name in values]
+    return kind(
+        **{n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names}
+    )

@@ -8,12 +8,14 @@ CSS = """
 :root {
   color-scheme: light dark;
   --page: #f6f6f3; --card: #ffffff; --ink: #1b1d1f; --soft: #5a6066; --rule: #dcdcd6;
-  --cell: #eceee9; --one: #0b5c9e; --two: #b8500a; --three: #3a86b8; --over: #ffffff;
+  --cell: #eceee9; --one: #0b5c9e; --two: #b8500a; --three: #2e77a6; --over: #ffffff; --mid: #1b1d1f;
+  --four: #2f7d4f; --five: #7a4fa0; --six: #a8325a; --seven: #6f6a14; --eight: #00757a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #121416; --card: #1b1e21; --ink: #e8e8e4; --soft: #a3a9af; --rule: #33383d;
-    --cell: #282c30; --one: #74b8f0; --two: #f0984f; --three: #b5d8f5; --over: #0d1114;
+    --cell: #282c30; --one: #74b8f0; --two: #f0984f; --three: #b5d8f5; --over: #000000; --mid: #000000;
+    --four: #7fcf9c; --five: #c9a5ea; --six: #f291ae; --seven: #d8d572; --eight: #66d1d4;
   }
 }
 * { box-sizing: border-box; }
@@ -58,22 +60,26 @@ svg .label { font-weight: 600; font-size: 12.5px; }
 svg .value { font-variant-numeric: tabular-nums; }
 svg .label, svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
 svg .over { fill: var(--over); }
-svg .label.one { fill: var(--one); }
-svg .label.two { fill: var(--two); }
-svg .label.three { fill: var(--three); }
-svg .label.ref { fill: var(--soft); }
+svg .mid { fill: var(--mid); }
+svg .one { --tone: var(--one); }
+svg .two { --tone: var(--two); }
+svg .three { --tone: var(--three); }
+svg .four { --tone: var(--four); }
+svg .five { --tone: var(--five); }
+svg .six { --tone: var(--six); }
+svg .seven { --tone: var(--seven); }
+svg .eight { --tone: var(--eight); }
+svg .ref { --tone: var(--soft); }
+svg .label { fill: var(--tone, var(--ink)); }
 svg .rule { stroke: var(--rule); stroke-width: 1; }
 svg .base { stroke: var(--soft); stroke-width: 1; }
-svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .line.one { stroke: var(--one); }
-svg .line.two { stroke: var(--two); }
-svg .line.three { stroke: var(--three); }
-svg .line.ref { stroke: var(--soft); }
-svg .mark { stroke: var(--card); stroke-width: 1.5; }
-svg .mark.one { fill: var(--one); }
-svg .mark.two { fill: var(--two); }
-svg .mark.three { fill: var(--three); }
-svg .mark.ref { fill: var(--soft); }
+svg .line { fill: none; stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; }
+svg .line.ref { stroke-dasharray: 5 3; }
+svg .line.dash { stroke-dasharray: 2 3; }
+svg .mark { fill: var(--tone); stroke: var(--card); stroke-width: 1.5; }
+svg .mark.open, svg .mark.dash { fill: var(--card); stroke: var(--tone); stroke-width: 2; }
+svg .dots { fill: none; stroke: var(--tone); stroke-width: 1; opacity: 0.7; }
+svg .bar { fill: var(--tone); }
 svg .hollow { fill: none; stroke: var(--two); stroke-width: 1.75; }
 svg .cell { fill: var(--cell); }
 svg .heat { fill: var(--one); }
@@ -81,6 +87,35 @@ svg .void { fill: none; stroke: var(--rule); stroke-dasharray: 2 2; }
 svg .ring { fill: none; stroke: var(--ink); }
 svg .dot { fill: var(--ink); }
 svg .dot.over { fill: var(--over); }
+svg .dot.mid { fill: var(--mid); }
+.whole { white-space: nowrap; }
+
+.legend, .bars, nav ul { list-style: none; margin: 0; padding: 0; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; margin-top: 4px; font-size: 13.5px; }
+.legend li { display: flex; align-items: center; gap: 7px; }
+.card .legend svg { width: 24px; height: 14px; margin: 0; flex: none; }
+.bars { margin-top: 10px; font-size: 14px; font-variant-numeric: tabular-nums; }
+.bars li {
+  display: grid; grid-template-columns: minmax(8em, 16em) minmax(0, 1fr) 6em; gap: 12px; align-items: center;
+  padding: 3px 0;
+}
+.bars .track { background: var(--cell); border-radius: 3px; height: 12px; }
+.bars .track span { display: block; background: var(--one); border-radius: 3px; height: 100%; }
+.bars li > :last-child { text-align: right; }
+nav { margin: 0 0 8px; font-size: 15px; }
+nav ul { display: flex; flex-wrap: wrap; gap: 4px 20px; }
+a { color: var(--one); }
+section { margin-top: 34px; }
+section > h2 { font-size: 21px; margin-bottom: 2px; }
+section > p { color: var(--soft); max-width: 72ch; }
+h3 { font-size: 16px; line-height: 1.35; margin: 0 0 4px; }
+h4 { font-size: 14px; font-weight: 600; line-height: 1.35; margin: 0; }
+.many {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 14px 22px;
+  margin-top: 10px;
+}
+.many p { margin: 0; font-size: 13.5px; color: var(--soft); }
+.many svg { margin: 4px 0 0; }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -92,6 +127,7 @@ th:first-child { text-align: left; padding-left: 0; }
 tbody th { color: var(--ink); font-weight: 400; }
 tr.one th { color: var(--one); }
 tr.two th { color: var(--two); }
+tr.sum th, tr.sum td { color: var(--soft); border-bottom: 0; }
 
 .talk { margin: 10px 0 4px; }
 .talk dt { color: var(--soft); font-size: 14px; }
@@ -104,24 +140,32 @@ tr.two th { color: var(--two); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 8px 0 0; }
 
-@media (max-width: 760px) {
+@media screen and (max-width: 760px) {
   main { padding: 24px 16px 40px; }
   h1 { font-size: 25px; }
   .grid { grid-template-columns: minmax(0, 1fr); gap: 14px; }
   .card { padding: 14px 14px 12px; }
-  .tiles, .facts { grid-template-columns: minmax(0, 1fr); }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 16px; }
+  .facts { grid-template-columns: minmax(0, 1fr); }
+  .bars li { grid-template-columns: minmax(0, 1fr) 5em; gap: 2px 10px; }
+  .bars .track { grid-row: 2; grid-column: 1 / -1; }
   .facts { gap: 0; }
   .facts dd { margin-bottom: 8px; }
+  table { font-size: 13px; }
+  th, td { padding-left: 9px; }
 }
 @media print {
   :root {
     --page: #ffffff; --card: #ffffff; --ink: #000000; --soft: #444444; --rule: #cccccc;
-    --cell: #eeeeee; --one: #0b5c9e; --two: #b8500a; --three: #3a86b8; --over: #ffffff;
+    --cell: #eeeeee; --one: #0b5c9e; --two: #b8500a; --three: #2e77a6; --over: #ffffff; --mid: #000000;
+    --four: #2f7d4f; --five: #7a4fa0; --six: #a8325a; --seven: #6f6a14; --eight: #00757a;
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 11pt; }
   main { max-width: none; padding: 0; }
-  .card, .tiles div { break-inside: avoid; }
+  .card, .tiles div, .many > div { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  nav { display: none; }
   details:not([open]) { display: none; }
 }
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from duohead.evaluate.methods import Method, share_name
+from duohead.evaluate.prose_results import ProseResult
 from duohead.evaluate.results import NeedleResult
 
 MIB = 1 << 20
@@ -22,6 +23,17 @@ HEAD = (
     "cache bytes",
     "of full",
 )
+TIMES = ("first token, ms", "per token, ms")
+PROSE_HEAD = (
+    "method",
+    "retrieval heads",
+    "perplexity",
+    "KL, nats",
+    "same first choice",
+    "KL, last part",
+    "cache bytes",
+    "of full",
+)
 
 
 def label(method: Method) -> str:
@@ -32,7 +44,8 @@ def label(method: Method) -> str:
         return "streaming heads only"
     share = f"{share_name(method.share)} %"
     if method.kind == "duo":
-        return f"identified heads, {share}"
+        window = "" if method.window is None else f", {method.window[0]}+{method.window[1]}"
+        return f"identified heads, {share}{window}"
     return f"random heads, {share}, draw {(method.draw or 0) + 1}"
 
 
@@ -65,6 +78,38 @@ def summary(methods: Mapping[str, Method], result: NeedleResult) -> list[list[st
                 str(count),
                 f"{taken:,}",
                 percent(taken / full),
+            ]
+        )
+    return rows
+
+
+def times(methods: Mapping[str, Method], result: NeedleResult) -> list[list[str]]:
+    """One row per method under `TIMES`: those of the longest context, a hyphen where none were taken."""
+    rows = []
+    for name in methods:
+        row = result.select(method=name, length=result.lengths[-1]).rows[0]
+        rows.append(
+            ["-" if value is None else f"{value:,.1f}" for value in (row.ttft_ms, row.tpot_ms)]
+        )
+    return rows
+
+
+def prose_rows(methods: Mapping[str, Method], result: ProseResult, length: int) -> list[list[str]]:
+    """One row per method under `PROSE_HEAD`, at one length."""
+    full = result.row("full", length).kv_bytes
+    rows = []
+    for name, method in methods.items():
+        own = result.row(name, length)
+        rows.append(
+            [
+                label(method),
+                f"{share_name(method.share)} %",
+                f"{own.perplexity:.2f}",
+                f"{own.kl_nats:.4f}",
+                percent(own.top1_agreement),
+                f"{own.kl_nats_by_position[-1]:.4f}",
+                f"{own.kv_bytes:,}",
+                percent(own.kv_bytes / full),
             ]
         )
     return rows

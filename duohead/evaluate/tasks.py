@@ -13,24 +13,22 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from duohead.evaluate import long_tasks
+from duohead.evaluate.words import (
+    COLOURS,
+    NAMES,
+    PLACES,
+    SPOTS,
+    THINGS,
+    VERBS,
+    choose,
+    digits,
+    spread,
+)
 from duohead.identify.passkeys import Needle, Sample, ask_passkeys, weave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NAMES = (
-    "Agnes Barnaby Cordelia Dmitri Eleanor Fergus Greta Horatio Imogen Jasper Katya Lionel Marigold Nathaniel Octavia "
-    "Percival Quentin Rosalind Silas Tabitha Ulric Verity Winifred Xavier Yolanda Zachary"
-).split()
-_PLACES = (
-    "Lisbon Vienna Cairo Dublin Geneva Havana Kyoto Lima Madrid Naples Oslo Prague Quito Rome Seville Turin"
-).split()
-_VERBS = "paint count carry follow mend polish bury borrow feed watch".split()
-_COLOURS = "amber black blue copper golden green grey ivory purple red silver white yellow".split()
-_THINGS = "bells boats candles clocks doors horses kites lanterns ladders mirrors roses spoons stones wagons".split()
-_SPOTS = "behind the mill,by the old bridge,in the garden,near the harbour,on the hill,under the stairs".split(
-    ","
-)
 
 # Needles in ascending depth, and which of them are asked for.
 Plan = tuple[list[Needle], list[int]]
@@ -80,21 +78,6 @@ class NeedleTask:
         )
 
 
-def _choose(options: list[str], generator: torch.Generator, count: int = 1) -> list[str]:
-    return [options[i] for i in torch.randperm(len(options), generator=generator)[:count].tolist()]
-
-
-def _digits(count: int, generator: torch.Generator) -> str:
-    return "".join(str(d) for d in torch.randint(10, (count,), generator=generator).tolist())
-
-
-def _spread(depth: float, count: int, generator: torch.Generator) -> tuple[list[float], int]:
-    """`depth` and `count` - 1 random depths in ascending order, and the place of `depth` among them."""
-    others = (0.05 + 0.9 * torch.rand(count - 1, generator=generator)).tolist()
-    depths = sorted([depth, *others])
-    return depths, depths.index(depth)
-
-
 def _passkeys(
     tokenizer: PreTrainedTokenizerBase,
     haystack_ids: torch.Tensor,
@@ -104,7 +87,7 @@ def _passkeys(
     generator: torch.Generator,
 ) -> Sample:
     """Ten passkeys of 32 words, one of them at `depth`; all ten are asked for by ordinal."""
-    depths, _ = _spread(depth, 10, generator)
+    depths, _ = spread(depth, 10, generator)
     return ask_passkeys(
         tokenizer,
         haystack_ids,
@@ -118,10 +101,10 @@ def _passkeys(
 def _needle(depth: float, generator: torch.Generator) -> Plan:
     """One sentence; the question repeats its first words and the answer is the rest."""
     place, verb, colour, thing, spot = (
-        _choose(options, generator)[0] for options in (_PLACES, _VERBS, _COLOURS, _THINGS, _SPOTS)
+        choose(options, generator)[0] for options in (PLACES, VERBS, COLOURS, THINGS, SPOTS)
     )
     start = f"The finest way to spend an evening in {place} is to"
-    value = f" {verb} {_choose(['six', 'seven', 'twelve', 'forty'], generator)[0]} {colour} {thing} {spot}"
+    value = f" {verb} {choose(['six', 'seven', 'twelve', 'forty'], generator)[0]} {colour} {thing} {spot}"
     needle = Needle(
         depth,
         f"\n\n{start}",
@@ -134,33 +117,33 @@ def _needle(depth: float, generator: torch.Generator) -> Plan:
 
 def _number(depth: float, generator: torch.Generator) -> Plan:
     """Seven digits of a person, among three other people's; the one at `depth` is asked for."""
-    depths, asked = _spread(depth, 4, generator)
+    depths, asked = spread(depth, 4, generator)
     needles = [
         Needle(
             at,
             f"\nOne more thing to note: the magic number of {name} is",
-            " " + _digits(7, generator),
+            " " + digits(7, generator),
             ".\n",
             f"What is the magic number of {name}?\nIt is",
         )
-        for at, name in zip(depths, _choose(_NAMES, generator, 4), strict=True)
+        for at, name in zip(depths, choose(NAMES, generator, 4), strict=True)
     ]
     return needles, [asked]
 
 
 def _keyvalue(depth: float, generator: torch.Generator) -> Plan:
     """Twelve settings `colour_thing = value` spread over the text; the one at `depth` is asked for."""
-    depths, asked = _spread(depth, 12, generator)
-    pairs = [f"{colour}_{thing}" for colour in _COLOURS for thing in _THINGS]
+    depths, asked = spread(depth, 12, generator)
+    pairs = [f"{colour}_{thing}" for colour in COLOURS for thing in THINGS]
     needles = [
         Needle(
             at,
             f"\n\n[setting] {key} =",
-            f" {_choose(_THINGS, generator)[0]}-{_digits(4, generator)}",
+            f" {choose(THINGS, generator)[0]}-{digits(4, generator)}",
             "\n\n",
             f"[look up] {key} =",
         )
-        for at, key in zip(depths, _choose(pairs, generator, 12), strict=True)
+        for at, key in zip(depths, choose(pairs, generator, 12), strict=True)
     ]
     return needles, [asked]
 
@@ -203,5 +186,54 @@ TASKS: dict[str, NeedleTask] = {
             "number", 1, "a seven-digit number asked for by a name, among four", _woven(_number)
         ),
         NeedleTask("keyvalue", 1, "the value of a key, among twelve", _woven(_keyvalue)),
+        NeedleTask(
+            "multikey",
+            1,
+            "a number asked for by a key of two words, among up to 64 such lines",
+            long_tasks.planned(long_tasks.multikey),
+        ),
+        NeedleTask(
+            "multivalue",
+            1,
+            "four numbers of one person, all asked for",
+            long_tasks.planned(long_tasks.multivalue),
+        ),
+        NeedleTask(
+            "multiquery",
+            1,
+            "the numbers of four people out of eight, in one question",
+            long_tasks.planned(long_tasks.multiquery),
+        ),
+        NeedleTask(
+            "tracking",
+            1,
+            "a chain of three assignments, traced back step by step",
+            long_tasks.planned(long_tasks.tracking),
+        ),
+        NeedleTask("pairs", 1, "a value in an object that fills the context", long_tasks.pairs),
+        NeedleTask(
+            "copy",
+            1,
+            f"a list of {long_tasks.COPIED} words repeated",
+            long_tasks.planned(long_tasks.copied(long_tasks.COPIED)),
+        ),
+        NeedleTask(
+            "longcopy",
+            1,
+            f"a list of {long_tasks.COPIED_LONG} words repeated: a long generation",
+            long_tasks.planned(long_tasks.copied(long_tasks.COPIED_LONG)),
+        ),
+        NeedleTask(
+            "dialogue",
+            1,
+            "second and third question of a conversation, the third the first again",
+            long_tasks.planned(long_tasks.dialogue),
+        ),
+        NeedleTask(
+            "late",
+            1,
+            "four facts of the prompt needed during a long answer",
+            long_tasks.planned(long_tasks.late),
+        ),
     )
 }

@@ -31,6 +31,12 @@ TILE = 128
 # Query rows whose weights are written out at a time where no fused kernel will do.
 ROWS = 512
 _FLASH_HEAD_SIZE = 256
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,20 @@ class Scores:
         return self.softcap is None and self.sinks is None
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> Tensor:
-    """Causal attention. ``q`` [B, H, T, D], ``k`` and ``v`` [B, G, T, D]; returns [B, H, T, D]."""
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scores: Scores, deterministic: bool = True
+) -> Tensor:
+    """Causal attention. ``q`` [B, H, T, D], ``k`` and ``v`` [B, G, T, D]; returns [B, H, T, D].
+
+    On a GPU, ``deterministic`` takes kernels whose gradients are the same bits every time; without it, the fastest.
+    """
+    if not deterministic and q.is_cuda and scores.plain:
+        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+            return _causal(q, k, v, scores)
     if _fused(q, scores, masked=False):
         # Of the fused kernels on CUDA only flash attention can be asked for reproducible gradients.
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else nullcontext():
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scores.scaling, enable_gqa=True
-            )
+            out = _causal(q, k, v, scores)
         return _reproducible(out) if q.is_cuda else out
     tiles = []
     position = torch.arange(q.shape[2], device=q.device)
@@ -81,6 +93,12 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> Tensor
             )
         )
     return torch.cat(tiles, dim=2)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scores.scaling, enable_gqa=True
+    )
 
 
 def streaming_attention(

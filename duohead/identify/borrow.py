@@ -12,12 +12,23 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from duohead.shapes import text_config
 
 _MISSING = object()
+# Of what a layer computes, full attention costs most for each byte of its result, so that is kept.
+_KEPT = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 class _Loan:
@@ -45,7 +56,8 @@ class _Loan:
 def borrowed(model: nn.Module, *, gradient_checkpointing: bool = False) -> Iterator[Any]:
     """Freeze ``model``, put it in evaluation mode and give its modules private configs; yields the decoder's config.
 
-    With ``gradient_checkpointing`` its layers recompute their activations in the backward pass (non-reentrant).
+    With ``gradient_checkpointing`` its layers recompute their activations in the backward pass (non-reentrant), all but
+    the results of full attention.
 
     Raises:
         ValueError: gradient checkpointing is asked for and the model has no layers that support it.
@@ -89,9 +101,20 @@ def _checkpoint_layers(model: nn.Module, loan: _Loan) -> None:
         raise ValueError(
             f"gradient_checkpointing needs layers that support it, and {type(model).__name__} has none; leave it off"
         )
-    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    recompute = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_attention
+    )
     for layer in layers:
         loan.set(layer, "_gradient_checkpointing_func", recompute)
         loan.set(layer, "gradient_checkpointing", True)
         # Layers checkpoint only in training mode; their submodules, dropout among them, stay in evaluation mode.
         loan.set(layer, "training", True)
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_what_to_do)
+
+
+def _what_to_do(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    kept = operation in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

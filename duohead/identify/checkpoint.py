@@ -1,7 +1,8 @@
 """What a gate-training run leaves on disk: one checkpoint file that is never half new, and one JSON line for each step.
 
 Gates, Adam moments and step share one safetensors file whose header also says what the run was (options, model,
-text), so that a resumed run continues exactly and a different run is refused. Use `RunFolder(out, identity)`.
+text), so that a resumed run continues exactly and a different run is refused. Use `RunFolder(out, identity)`, and
+`history(out)` for how the gates moved.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from duohead.files import write_bytes, write_text
 from duohead.identify.gates import Gates
+from duohead.identify.stability import Stability
+from duohead.record import read_records
 
 CHECKPOINT = "identify.safetensors"
 LOG = "identify.jsonl"
-_FORMAT = "duohead-identify-1"
+_FORMAT = "duohead-identify-2"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -30,7 +35,7 @@ class RunFolder:
     Args:
         folder: where the pattern will be; made when the first file is written.
         identity: what must be the same for a run to be continued, name to JSON value.
-        restart: discard an unfinished or finished run in the folder.
+        restart: discard an unfinished or finished run in the folder, as soon as this one has saved a checkpoint.
 
     Raises:
         ValueError: the folder is a file, or holds something that the pattern would overwrite.
@@ -45,15 +50,16 @@ class RunFolder:
         self._identity = json.loads(json.dumps(identity))
         self._checkpoint, self._log = self.folder / CHECKPOINT, self.folder / LOG
         self._refuse_to_overwrite(restart)
-        if restart:
-            self._checkpoint.unlink(missing_ok=True)
-            self._log.unlink(missing_ok=True)
+        # Lines of a run that has not replaced the one before it yet.
+        self._held: list[str] | None = [] if restart else None
 
-    def resume(self, gates: Gates, optimizer: torch.optim.Optimizer) -> int:
-        """Load the checkpoint, if there is one, into ``gates`` and ``optimizer``; returns the number of steps done.
+    def resume(self, gates: Gates, optimizer: torch.optim.Optimizer, stability: Stability) -> int:
+        """Load the checkpoint, if there is one to continue, into the arguments; returns the number of steps done.
 
         Raises ValueError for a damaged checkpoint and for one of a different run.
         """
+        if self._held is not None:
+            return 0
         if not self._checkpoint.exists():
             self._trim_log(0)
             return 0
@@ -70,10 +76,13 @@ class RunFolder:
             gates.values.copy_(tensors["gates"])
         state = {name: tensors[name].to(gates.values.device) for name in _MOMENTS}
         optimizer.state[gates.values] = {"step": tensors["adam_step"], **state}
+        stability.restore(header["stability"])
         self._trim_log(header["step"])
         return int(header["step"])
 
-    def save(self, gates: Gates, optimizer: torch.optim.Optimizer, *, step: int) -> None:
+    def save(
+        self, gates: Gates, optimizer: torch.optim.Optimizer, stability: Stability, *, step: int
+    ) -> None:
         """Write the state after ``step`` steps; the file holds either this state or the one before."""
         from safetensors.torch import save
 
@@ -84,14 +93,28 @@ class RunFolder:
             **{name: state[name] for name in _MOMENTS},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        header = json.dumps({"format": _FORMAT, "step": step, "identity": self._identity})
+        header = json.dumps(
+            {
+                "format": _FORMAT,
+                "step": step,
+                "stability": stability.state(),
+                "identity": self._identity,
+            }
+        )
         write_bytes(self._checkpoint, save(tensors, metadata={"duohead": header}))
+        if self._held is not None:
+            write_text(self._log, "".join(self._held))
+            self._held = None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the log."""
+        line = json.dumps(record) + "\n"
+        if self._held is not None:
+            self._held.append(line)
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
 
     def _refuse_to_overwrite(self, restart: bool) -> None:
         config = self.folder / "config.json"
@@ -151,6 +174,32 @@ class RunFolder:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         if len(lines) > steps:
             write_text(self._log, "".join(lines[:steps]))
+
+
+def written_at(folder: str | Path) -> int | None:
+    """When the checkpoint in a folder was written, in nanoseconds of its file system; None if there is none."""
+    checkpoint = Path(folder) / CHECKPOINT
+    return checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+
+
+def history(folder: str | Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """How the gates of a finished run moved: the logged steps [S], and alpha after each [S, layers, KV heads].
+
+    Alpha is NaN where there is no gate. Raises ValueError if the folder holds no pattern or no log with gates.
+    """
+    from duohead.pattern import HeadPattern
+
+    gated = HeadPattern.load(folder).gated
+    log = Path(folder) / LOG
+    records = read_records(log) if log.exists() else []
+    kept = [record for record in records if "gates" in record]
+    if not kept:
+        raise ValueError(
+            f"{str(log)!r} has no gates in it; identify the heads again to record them"
+        )
+    alpha = np.full((len(kept), *gated.shape), np.nan, dtype=np.float32)
+    alpha[:, gated] = np.array([record["gates"] for record in kept], dtype=np.float32)
+    return np.array([record["step"] for record in kept], dtype=np.int64), alpha
 
 
 def fingerprint(model: nn.Module) -> str:

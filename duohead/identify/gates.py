@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from duohead.identify.banded import Scores, full_attention, streaming_attention
 from duohead.identify.borrow import borrowed
+from duohead.identify.parallel import Ranks
 from duohead.shapes import LayerShape, layer_shapes
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Gates:
         initial: value that every gate starts from.
         teacher_full: take the full-attention term from the untouched model, without gradient, as the reference
             implementation does, instead of from the student's own keys, as the paper writes it.
+        deterministic: on a GPU, take the kernels whose gradients are the same bits every time, which are slower.
+        ranks: the processes that share the work; alone by default.
         device: where the gates live.
 
     ``values`` holds the gates of all layers in one fp32 parameter, so that an optimiser sees a single tensor.
@@ -56,6 +60,8 @@ class Gates:
         recent: int,
         initial: float = 1.0,
         teacher_full: bool = False,
+        deterministic: bool = True,
+        ranks: Ranks | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not any(shape.gated for shape in shapes):
@@ -64,7 +70,8 @@ class Gates:
                 "native sliding window or no KV cache has no retrieval heads to find"
             )
         self.shapes, self.sink, self.recent = tuple(shapes), sink, recent
-        self.teacher_full = teacher_full
+        self.teacher_full, self.deterministic = teacher_full, deterministic
+        self.ranks = ranks or Ranks()
         self._slices: dict[int, slice] = {}
         count = 0
         for layer, shape in enumerate(self.shapes):
@@ -123,27 +130,40 @@ class Gates:
             )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> Tensor:
-        """Attention of one layer: ``q`` [B, H, T, D], ``k`` and ``v`` [B, G, T, D]; returns [B, H, T, D]."""
-        window, kv_heads = self.shapes[layer].window, self.shapes[layer].num_kv_heads
+        """Attention of one layer: ``q`` [B, H, T, D], ``k`` and ``v`` [B, G, T, D]; returns [B, H, T, D].
+
+        Where processes share a sample, T counts our tokens; attention itself is over all tokens, of our heads.
+        """
+        kv_heads = self.shapes[layer].num_kv_heads
         if k.shape[1] != kv_heads:
             raise ValueError(
                 f"layer {layer} attends with {k.shape[1]} KV heads but its config says {kv_heads}; "
                 "only models that attend with the KV heads they cache can be identified"
             )
         self._attended.add(layer)
+        groups = q.shape[1] // kv_heads
+        if scores.sinks is not None:
+            scores = replace(scores, sinks=self.ranks.heads(scores.sinks))
+        out = self._blend(layer, *self.ranks.to_heads(q, k, v), scores=scores, groups=groups)
+        return self.ranks.to_tokens(out)
+
+    def _blend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scores: Scores, groups: int
+    ) -> Tensor:
+        window = self.shapes[layer].window
         if window is not None:
             return streaming_attention(q, k, v, sink=0, recent=window, scores=scores)
+        if self.teacher_full and not self._teaching:
+            full = self._taught[layer]
+        else:
+            full = full_attention(q, k, v, scores=scores, deterministic=self.deterministic)
         if self._teaching:
-            full = full_attention(q, k, v, scores=scores)
             if self.teacher_full:
                 self._taught[layer] = full
             return full
-        full = self._taught[layer] if self.teacher_full else full_attention(q, k, v, scores=scores)
         stream = streaming_attention(q, k, v, sink=self.sink, recent=self.recent, scores=scores)
-        groups = q.shape[1] // k.shape[1]
-        alpha = (
-            self.values[self._slices[layer]].to(q.device).repeat_interleave(groups)[:, None, None]
-        )
+        values = self.values[self._slices[layer]].to(q.device).repeat_interleave(groups)
+        alpha = self.ranks.heads(values)[:, None, None]
         # The fp32 gate promotes half precision: near 1, bf16 could not tell neighbouring gates apart.
         return (alpha * full + (1 - alpha) * stream).to(q.dtype)
 
@@ -219,7 +239,8 @@ def gated_attention(
             "pass input_ids alone, with use_cache=False"
         )
     window = gates.shapes[layer].window
-    if sliding_window is not None and sliding_window < query.shape[2] and window is None:
+    tokens = query.shape[2] * gates.ranks.sequence
+    if sliding_window is not None and sliding_window < tokens and window is None:
         raise ValueError(
             f"layer {layer} attends within {sliding_window} tokens but its config calls it global; "
             "identification cannot tell which of them is right"
@@ -250,16 +271,26 @@ def distillation(backbone: nn.Module, gates: Gates, sample: Sample) -> Tensor:
     the hidden size and all tokens; upstream's code takes the mean over the hidden size as here, but counts every token
     of question and answer and reads the hidden state at the token itself. Here only passkey tokens count, as in the
     paper, at the position that predicts them: the lookup of an answer's first word happens there and nowhere else.
+    Where processes share the sample, each gets its tokens' part of the sum, and the gradients of these parts add up.
     """
-    input_ids = sample.input_ids[None].to(gates.values.device)
+    ids, places = gates.ranks.part(sample.input_ids)
     positions = answer_positions(sample)
+    ours = positions[(positions >= places[0]) & (positions <= places[-1])] - places[0]
+    inputs = {"input_ids": ids[None].to(gates.values.device)}
+    if gates.ranks.sequence > 1:
+        inputs["position_ids"] = places[None].to(gates.values.device)
     with gates.teaching():
-        teacher = _hidden(backbone, input_ids, positions)
-    student = _hidden(backbone, input_ids, positions)
-    return F.mse_loss(student, teacher).to(gates.values.device)
+        teacher = _hidden(backbone, inputs, ours)
+    student = _hidden(backbone, inputs, ours)
+    if gates.ranks.sequence == 1:
+        loss = F.mse_loss(student, teacher)
+    else:
+        # Every process takes part in the backward pass of all, also one without an answer among its tokens.
+        loss = F.mse_loss(student, teacher, reduction="sum") / (len(positions) * student.shape[1])
+    return loss.to(gates.values.device)
 
 
-def _hidden(backbone: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+def _hidden(backbone: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
     hidden = hidden[positions.to(hidden.device)]
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))

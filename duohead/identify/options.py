@@ -9,11 +9,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from duohead.identify.wording import CHAT, Wording
+
 LONGEST_DEFAULT = 32_000
+_WORDING = Wording()
+# What trades memory, time or bits for one another and leaves the method as it is.
+_IMMATERIAL = (
+    "gradient_checkpointing",
+    "save_every",
+    "deterministic",
+    "shard",
+    "sequence_parallel",
+)
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,23 @@ class IdentifyOptions:
         False, "feed the full-attention term from the teacher, as the reference code does"
     )
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
+    deterministic: bool = _option(
+        True, "the same bits every time on one device; on a GPU faster kernels without"
+    )
+    patience: int = _option(
+        0,
+        "let the learning rate fall once the selection has stood for so many steps (0: never early)",
+    )
+    patience_ratios: tuple[float, ...] = _option(
+        (0.5, 0.25), "shares of retrieval heads whose selection patience watches"
+    )
+    patience_slack: float = _option(0.02, "share of the selected heads that may change meanwhile")
+    wording: Wording = field(default=_WORDING, metadata={"help": "phrases around passkeys"})
+    chat: str = _option("auto", "frame samples with the tokenizer's chat template", choices=CHAT)
+    sequence_parallel: int | None = _option(
+        None, "processes that share one sample (default: all that torchrun started)"
+    )
+    shard: bool = _option(False, "spread the weights over the processes (FSDP2)")
     save_every: int = _option(50, "steps between checkpoints")
     seed: int = _option(0, "seed of the samples")
 
@@ -54,9 +82,9 @@ class IdentifyOptions:
         positive = "steps learning_rate recent context_min context_lengths num_passkeys passkey_words save_every"
         for name in positive.split():
             self._require(getattr(self, name) > 0, name, "must be above 0")
-        for name in ("sink", "reg_weight", "seed"):
+        for name in ("sink", "reg_weight", "seed", "patience"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("learning_rate_floor", "initial", "depth_min", "depth_max"):
+        for name in ("learning_rate_floor", "initial", "depth_min", "depth_max", "patience_slack"):
             self._require(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
         self._require(0 <= self.warmup <= 0.5, "warmup", "must be between 0 and 0.5")
         self._require(self.depth_min <= self.depth_max, "depth_min", "must not exceed depth_max")
@@ -69,6 +97,18 @@ class IdentifyOptions:
             self.context_max is None or self.context_max >= self.context_min,
             "context_max",
             f"must be at least context_min = {self.context_min}",
+        )
+
+        self._require(self.chat in CHAT, "chat", f"must be one of {', '.join(CHAT)}")
+        self._require(
+            len(self.patience_ratios) > 0 and all(0 < ratio < 1 for ratio in self.patience_ratios),
+            "patience_ratios",
+            "must be shares between 0 and 1, at least one",
+        )
+        self._require(
+            self.sequence_parallel is None or self.sequence_parallel > 0,
+            "sequence_parallel",
+            "must be above 0",
         )
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
@@ -90,17 +130,33 @@ class IdentifyOptions:
             )
         return max(longest, self.context_min)
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step (from 0): a straight rise from the floor, a plateau, and the same way down."""
-        edge = max(1, round(self.steps * self.warmup))
+    def learning_rate_at(self, step: int, *, ends: int | None = None) -> float:
+        """Learning rate of a step (from 0): a straight rise from the floor, a plateau, and the same way down.
+
+        ``ends`` is the number of steps that a run does which patience cuts short: the plateau ends early, and the way
+        down takes `decline` steps.
+        """
+        edge = self.rise
         share = min(1.0, step / edge, (self.steps - 1 - step) / edge)
+        if ends is not None:
+            share = min(share, (ends - 1 - step) / self.decline)
         return self.learning_rate * (
             self.learning_rate_floor + (1 - self.learning_rate_floor) * share
         )
 
+    @property
+    def rise(self) -> int:
+        """Steps before the learning rate is at its peak, in which patience does not count."""
+        return max(1, round(self.steps * self.warmup))
+
+    @property
+    def decline(self) -> int:
+        """Steps that the learning rate takes to fall once patience has run out."""
+        return max(1, min(self.rise, self.patience))
+
     def that_matter(self) -> dict[str, Any]:
-        """The fields that decide the gates: all but those that only trade memory or time."""
+        """The fields that decide the gates: all but those that only trade memory, time or the last bits."""
         fields = asdict(self)
-        for name in ("gradient_checkpointing", "save_every"):
+        for name in _IMMATERIAL:
             del fields[name]
         return fields

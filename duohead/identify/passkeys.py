@@ -3,7 +3,7 @@
 A head matters for retrieval if the answers get worse without its long context, so the answers are random words that
 nothing but the far needle can predict. `passkey_sample` makes one sequence with the spans of its answers;
 `PasskeyDataset` makes the one of any training step from its seed, so that a resumed run sees the same data.
-Paper: arXiv 2410.10819, section 2.3 (ten passkeys of 32 words, depths 5-95 %); the wording is our own.
+Paper: arXiv 2410.10819, section 2.3 (ten passkeys of 32 words, depths 5-95 %); our own words, replaceable.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from duohead.identify.wording import ORDINAL, ChatFrame, Wording, chat_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,13 +27,6 @@ ORDINALS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
     "sixteenth seventeenth eighteenth nineteenth twentieth"
 ).split()
-
-_INTRO = "What follows is a long text with several passkeys in it.\n\n"
-_NEEDLE = "\n\nKeep these words in mind, they are the {} passkey:"
-_NEEDLE_END = ".\n\n"
-_OUTRO = "\n\nThe text ends here.\n\n"
-_QUESTION = "Which words were the {} passkey?\nThe passkey:"
-_QUESTION_END = ".\n\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +63,16 @@ def passkey_sample(
     passkey_words: int = 32,
     depths: tuple[float, float] = (0.05, 0.95),
     depth_steps: int = 1000,
+    wording: Wording | None = None,
+    chat: str = "no",
     generator: torch.Generator,
 ) -> Sample:
     """The paper's multi-passkey task, exactly `context_length` tokens long, haystack, needles and questions together.
 
     Depths are drawn without replacement from `depth_steps` evenly spaced ones and sorted, so the ordinals ascend; every
-    passkey is asked for, in order. Raises ValueError for numbers out of range and a haystack that is too short.
+    passkey is asked for, in order. ``chat`` ("auto", "yes", "no") puts the text and each question into a turn of the
+    user and each answer into one of the model, as the tokenizer's template writes them. Raises ValueError for numbers
+    out of range, a haystack that is too short, and a template that is missing or cannot be followed.
     """
     _check_passkeys(num_passkeys, passkey_words, depths, depth_steps)
     grid = torch.linspace(*depths, depth_steps)
@@ -84,6 +83,8 @@ def passkey_sample(
         context_length=context_length,
         depths=grid[picks].tolist(),
         passkey_words=passkey_words,
+        wording=wording,
+        frame=chat_frame(tokenizer, chat),
         generator=generator,
     )
 
@@ -95,24 +96,30 @@ def ask_passkeys(
     context_length: int,
     depths: Sequence[float],
     passkey_words: int,
+    wording: Wording | None = None,
+    frame: ChatFrame | None = None,
     generator: torch.Generator,
 ) -> Sample:
-    """One passkey at each of the ascending `depths`, all asked for by ordinal at the end."""
+    """One passkey at each of the ascending `depths`, asked for by ordinal at the end; `frame` makes turns of it."""
+    words = wording or Wording()
+    reply = "\n" if frame is None else frame.reply
     needles = []
     for ordinal, depth in zip(ORDINALS, depths, strict=False):
         drawn = torch.randint(len(WORDS), (passkey_words,), generator=generator).tolist()
         value = "".join(" " + WORDS[i] for i in drawn)
-        needles.append(
-            Needle(depth, _NEEDLE.format(ordinal), value, _NEEDLE_END, _QUESTION.format(ordinal))
-        )
+        before, question = (x.replace(ORDINAL, ordinal) for x in (words.needle, words.question))
+        asked = f"{question}{reply}{words.answer}"
+        needles.append(Needle(depth, before, value, words.needle_end, asked))
     return weave(
         tokenizer,
         haystack_ids,
         needles,
         context_length=context_length,
-        intro=_INTRO,
-        outro=_OUTRO,
-        question_end=_QUESTION_END,
+        intro=words.intro if frame is None else frame.opening + words.intro.lstrip(),
+        outro=words.outro,
+        # Templates strip what is said, so the line ends that part questions in plain text have no place in a chat.
+        question_end=words.answer_end if frame is None else words.answer_end.rstrip() + frame.next,
+        bos=frame is None,
         generator=generator,
     )
 
@@ -145,15 +152,17 @@ def weave(
     outro: str,
     question_end: str,
     asked: Sequence[int] | None = None,
+    bos: bool = True,
     generator: torch.Generator,
 ) -> Sample:
     """Haystack with `needles` (ascending depths) in it, then the questions `asked` (default: all) with their answers.
 
     The haystack is a random window of `haystack_ids`, as long as makes the sample exactly `context_length` tokens.
     A value's leading tokens that are only white space count as question, because they say nothing about the value.
+    ``bos`` puts the tokenizer's start token first, if it has one; False where `intro` says how the text starts.
     """
     pieces = [_Pieces.of(tokenizer, needle) for needle in needles]
-    head = _bos(tokenizer) + _encode(tokenizer, intro)
+    head = (_bos(tokenizer) if bos else []) + _encode(tokenizer, intro)
     tail, answers = _encode(tokenizer, outro), []
     stop = _encode(tokenizer, question_end)
     for index in range(len(needles)) if asked is None else asked:
@@ -248,6 +257,8 @@ class PasskeyDataset:
         passkey_words: int = 32,
         depths: tuple[float, float] = (0.05, 0.95),
         depth_steps: int = 1000,
+        wording: Wording | None = None,
+        chat: str = "no",
     ) -> None:
         if not 1 <= context_min <= context_max:
             raise ValueError(
@@ -263,6 +274,7 @@ class PasskeyDataset:
         self._tokenizer, self._haystack_ids, self._seed = tokenizer, haystack_ids, seed
         self._num_passkeys, self._passkey_words = num_passkeys, passkey_words
         self._depths, self._depth_steps = depths, depth_steps
+        self._wording, self._chat = wording, chat
 
     def context_length(self, step: int) -> int:
         """Length in tokens of the sample of `step` (steps count from 0)."""
@@ -281,6 +293,8 @@ class PasskeyDataset:
             passkey_words=self._passkey_words,
             depths=self._depths,
             depth_steps=self._depth_steps,
+            wording=self._wording,
+            chat=self._chat,
             generator=self._generator(step, 1),
         )
 

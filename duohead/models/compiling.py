@@ -1,14 +1,16 @@
 """What `torch.compile` does for the engine, and how chunks of a prompt run without it: in slices.
 
-A decode step and a chunk of the prompt are compiled as a whole, attention in them as one operation a layer; that is
-worth it for long texts, or many of them. Otherwise the row-wise parts of a layer (norms, feed-forward) take a chunk in
-slices, which bounds their temporaries. Inductor keeps kernels and graphs on disk (`TORCHINDUCTOR_CACHE_DIR`, by default
-in the temporary folder), so that a second process compiles less.
+A decode step and a chunk of the prompt can be compiled as a whole, attention in them as one operation a layer; that
+takes a minute or two and is for many texts. Otherwise the row-wise parts of a layer (norms, feed-forward) take a chunk
+in slices, which bounds their temporaries, and keeps those of norms in the cache of a GPU; for a long prompt they are
+compiled each on its own, in seconds, since all layers share their code. Inductor keeps kernels and graphs on disk
+(`TORCHINDUCTOR_CACHE_DIR`, by default in the temporary folder), so that a second process compiles less.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +24,14 @@ from duohead.models.hooks import PLAN
 
 # Every engine compiles the same few functions for its own cache and buffers, which dynamo counts as recompiling.
 VARIANTS = 256
-# Rows (tokens of all rows of a batch) of a slice: many enough for full speed, few enough for temporaries of 1 GiB.
+# Rows (tokens of all rows of a batch) of a slice of a feed-forward network: many enough for full speed, few enough for
+# temporaries of 1 GiB.
 SLICE_ROWS = 8192
+# Bytes of a slice of a norm, whose passes over it, some of them in fp32, then read and write a GPU's L2 cache.
+NORM_BYTES = 8 << 20
+# Tokens (of all rows) of a prompt whose row-wise parts compile="auto" compiles on a GPU; None for never. On an H100 the
+# seconds of compiling came back after 2.3 M tokens of Llama-3-8B, those of compiling whole chunks after 1.8 M.
+LONG_PROMPT: int | None = 1 << 21
 
 
 def compiled_step(function: Callable[..., Any], *, rows: int) -> Callable[..., Any]:
@@ -75,14 +83,27 @@ def is_one_graph(model: nn.Module, device: torch.device) -> bool:
     )
 
 
+def is_long(tokens: int, device: torch.device) -> bool:
+    """Whether a prompt of ``tokens`` tokens (of all rows) is worth compiling its row-wise parts without being asked."""
+    return device.type == "cuda" and LONG_PROMPT is not None and tokens >= LONG_PROMPT
+
+
 @contextmanager
 def in_slices(model: nn.Module, *, compiled: bool) -> Iterator[None]:
-    """Inside the block, the row-wise modules of ``model`` take long chunks in slices; on leaving, it is as it was."""
+    """Inside the block, the row-wise modules of ``model`` take long chunks in slices; on leaving, it is as it was.
+
+    ``compiled`` ones are compiled for any length, which fuses a norm into one pass without temporaries, so that it
+    needs no slices.
+    """
     modules = row_wise(model)
     before = [vars(module).get("forward") for module in modules]
     for module in modules:
+        norm = not any(True for _ in module.children())
         forward = torch.compile(module.forward, dynamic=True) if compiled else module.forward
-        module.forward = _sliced(forward)
+        if not norm:
+            module.forward = _sliced(forward, _feed_forward_step)
+        else:
+            module.forward = forward if compiled else _sliced(forward, _norm_step)
     try:
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             yield
@@ -93,19 +114,31 @@ def in_slices(model: nn.Module, *, compiled: bool) -> Iterator[None]:
                 module.forward = own
 
 
-def _sliced(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _feed_forward_step(x: Tensor) -> int:
+    return max(1, SLICE_ROWS // x.shape[0])
+
+
+def _norm_step(x: Tensor) -> int:
+    return max(1, NORM_BYTES * x.shape[1] // x.nbytes)
+
+
+def _sliced(forward: Callable[..., Any], step_of: Callable[[Tensor], int]) -> Callable[..., Any]:
+    """``forward`` of x [B, T, ...] in pieces of about equal length, at most ``step_of(x)`` along T."""
+
     @functools.wraps(forward)
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        length = x.shape[1] if x.ndim > 2 else 0
-        step = max(1, SLICE_ROWS // x.shape[0])
-        if args or kwargs or length <= step:
+        length = x.shape[1] if x.ndim > 2 and x.numel() else 0
+        count = -(-length // step_of(x)) if length else 0
+        if args or kwargs or count < 2:
             return forward(x, *args, **kwargs)
         out: Tensor | None = None
-        for start in range(0, length, step):
-            part: Tensor = forward(x[:, start : start + step])
+        # None is much shorter than the others: a piece of a single row would be compiled anew.
+        bounds = [index * length // count for index in range(count + 1)]
+        for start, stop in itertools.pairwise(bounds):
+            part: Tensor = forward(x[:, start:stop])
             if out is None:
                 out = part.new_empty(*part.shape[:1], length, *part.shape[2:])
-            out[:, start : start + step] = part
+            out[:, start:stop] = part
         return out
 
     return call

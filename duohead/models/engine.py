@@ -16,15 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from duohead.cache import DuoCache
-from duohead.cache.view import left_padding
-from duohead.models.compiling import compiled_chunks, compiled_step, in_slices, is_one_graph
+from duohead.models.checks import (
+    check_callable,
+    check_integer,
+    check_mask,
+    check_run,
+    check_tokens,
+    flag,
+)
+from duohead.models.compiling import (
+    compiled_chunks,
+    compiled_step,
+    in_slices,
+    is_long,
+    is_one_graph,
+)
 from duohead.models.interface import policy_of, unwrap
-from duohead.models.prefill import positions_of, prefill
+from duohead.models.padding import settled
+from duohead.models.prefill import CHUNK, check_chunk, positions_of, prefill
 from duohead.models.sampling import Sampler
-from duohead.models.steps import MAX_STOP_TOKENS, Steps
+from duohead.models.steps import Steps
+from duohead.models.weights import fingerprint, single_device
 
 CHECK_EVERY = 16
 # Tokens of the rehearsal prefill, over all rows: enough that kernels are chosen and tuned as for long chunks.
@@ -42,14 +56,16 @@ class Engine:
         max_length: tokens of prompt and answer that fit, padding included; the cache is allocated for them at once.
         padded: whether rows may have left padding.
         compile: compile the decode step and the chunks of prefill, or their row-wise parts where a chunk is not one
-            graph; "auto" does not, because it takes a minute or two and pays off for long texts or many of them.
+            graph, which takes a minute or two and pays off for many texts; "auto" compiles the row-wise parts alone, in
+            seconds, and only for long prompts on a GPU (`duohead.models.compiling.LONG_PROMPT`); False nothing.
         graphs: replay decode steps as CUDA graphs; "auto" where there is CUDA.
 
     Raises:
-        ValueError: no policy, a number out of range, graphs without CUDA, or a model spread over devices.
+        ValueError: no policy, an argument of the wrong type or out of range, graphs without CUDA, or several devices.
 
     Attributes:
         cache: the `DuoCache`.
+        compiles: whether decode steps are compiled.
         length: tokens in it, padding included.
         prepare_seconds: time spent so far on compiling, tuning and capturing, apart from running.
     """
@@ -68,14 +84,18 @@ class Engine:
         policy = policy_of(target)
         if policy is None:
             raise ValueError("this model has no policy; use it inside duohead.duo(model, policy)")
+        check_integer("batch", batch)
+        check_integer("max_length", max_length)
         if batch < 1:
             raise ValueError(f"batch must be at least 1 row, got {batch}")
         self.policy = policy
         self.model = getattr(model, "_orig_mod", model)
-        self.device = _single_device(target)
-        self.batch, self.max_length, self.padded = batch, max_length, padded
-        self.compiles = _flag("compile", compile, auto=False)
-        self.graphs = _flag("graphs", graphs, auto=self.device.type == "cuda")
+        self.device = single_device(target)
+        self.batch, self.max_length, self.padded = batch, max_length, flag("padded", padded)
+        self.compiles = flag("compile", compile, auto=False)
+        self._compiles_long = compile == "auto"
+        self._compiled_long = False
+        self.graphs = flag("graphs", graphs, auto=self.device.type == "cuda")
         if self.graphs and self.device.type != "cuda":
             raise ValueError(
                 f"graphs=True needs CUDA, but the model is on {self.device}; use graphs='auto'"
@@ -132,7 +152,7 @@ class Engine:
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        chunk: int | None = None,
+        chunk: int | None = CHUNK,
         progress: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Feed tokens [B, tokens] that follow what the cache holds, a chunk at a time.
@@ -148,18 +168,29 @@ class Engine:
             interruption on the way leaves the engine empty.
 
         Raises:
-            ValueError: more tokens than ``max_length`` leaves room for, another number of rows, or a mask that the
-                engine or the cache cannot honour.
+            ValueError: something of the wrong type, shape or device, more tokens than ``max_length`` leaves room for,
+                another number of rows, or a mask that the engine or the cache cannot honour.
         """
+        check_tokens(input_ids, self.device)
         rows, count = input_ids.shape
+        check_mask(attention_mask, rows)
+        check_chunk(chunk)
+        check_callable("progress", progress)
         if rows != self.batch:
             raise ValueError(
                 f"input_ids must have the engine's {self.batch} rows, got {rows}; make Engine(batch={rows})"
             )
-        self._check_room(count)
+        self.check_room(count)
         self._check_weights()
         try:
-            logits = self._feed(input_ids, self._mask(attention_mask, count), chunk, progress)
+            mask = self._mask(attention_mask, count)
+            logits = self._feed(
+                input_ids,
+                mask,
+                chunk,
+                progress,
+                compiled=self.compiles or self._is_long(count),
+            )
         except BaseException as error:
             held = {int(layer.length) for layer in self.cache.duo_layers}
             refused = isinstance(error, ValueError) and held <= {self.length}
@@ -176,8 +207,10 @@ class Engine:
         mask: Tensor | None,
         chunk: int | None = None,
         progress: Callable[[int], object] | None = None,
+        *,
+        compiled: bool,
     ) -> Tensor:
-        sliced = in_slices(self._target, compiled=self.compiles)
+        sliced = in_slices(self._target, compiled=compiled)
         with nullcontext() if self._chunks else sliced:
             return prefill(
                 self.model,
@@ -189,30 +222,15 @@ class Engine:
                 forward=self._chunks,
             )
 
+    def _is_long(self, tokens: int) -> bool:
+        """Whether the row-wise parts are compiled for a prompt of ``tokens`` tokens a row, under compile="auto"."""
+        return self._compiles_long and is_long(self.batch * tokens, self.device)
+
     def _mask(self, given: Tensor | None, count: int) -> Tensor | None:
-        """The padding mask [B, length + count] of this call, None for an engine without; settles the padding at first.
+        return settled(self._padding, given, length=self.length, count=count, padded=self.padded)
 
-        Checked here because compiled chunks cannot.
-        """
-        if given is None and not self.padded:
-            return None
-        if self.length == 0 and given is not None:
-            self._padding.copy_(left_padding(given))
-            if not self.padded and bool(self._padding.any()):
-                self._padding.zero_()
-                raise ValueError(
-                    "attention_mask has left padding but the engine was made without; make Engine(padded=True)"
-                )
-        place = torch.arange(self.length + count, device=self.device)
-        mask = (place >= self._padding[:, None]).long()
-        if given is not None and not torch.equal(given.to(mask), mask):
-            raise ValueError(
-                f"attention_mask must cover the {self.length + count} tokens so far, 0 for padding on the left as in "
-                f"the first call and 1 for every other token; leave no padding between turns"
-            )
-        return mask if self.padded else None
-
-    def _check_room(self, count: int) -> None:
+    def check_room(self, count: int) -> None:
+        """Raise ValueError unless ``count`` more tokens fit; the last one generated need not, as it is never fed."""
         needed = self.length + count
         if needed > self.max_length:
             raise ValueError(
@@ -245,31 +263,24 @@ class Engine:
             stop: a row ends after one of these (which it may begin with); it goes on with ``pad`` until all rows end.
             pad: fills rows that have ended.
             check_every: steps between two looks of the host at the device.
-            on_tokens: called with new tokens [B, n] at every look.
+            on_tokens: called with new tokens [B, n] at every look, a copy that it may keep.
 
         Returns:
             Generated tokens [B, n], n <= steps. After an error or interruption between steps the engine holds what was
             generated until then; after one inside a step, without graphs, it is empty.
 
         Raises:
-            ValueError: no room for ``steps`` tokens, nothing prefilled, or a number out of range.
+            ValueError: no room for ``steps`` tokens, nothing prefilled, an argument of the wrong type or out of range.
         """
-        if steps < 1 or check_every < 1:
+        check_run(tokens, steps, rows=self.batch, stop=stop, pad=pad, check_every=check_every)
+        check_callable("on_tokens", on_tokens)
+        if not isinstance(sampler, Sampler):
             raise ValueError(
-                f"steps and check_every must be at least 1, got {steps} and {check_every}"
-            )
-        if len(stop) > MAX_STOP_TOKENS:
-            raise ValueError(
-                f"stop holds at most {MAX_STOP_TOKENS} tokens, got {len(stop)}; use model.generate"
-            )
-        if tokens.shape != (self.batch,) or tokens.is_floating_point():
-            raise ValueError(
-                f"tokens must hold one token id for each of the engine's {self.batch} rows, got shape "
-                f"{tuple(tokens.shape)} of {tokens.dtype}; pass integers [B]"
+                f"sampler must be a Sampler, got {sampler!r}; use Sampler(temperature=...)"
             )
         if self.length == 0:
             raise ValueError("decode continues a text, but the cache is empty; call prefill first")
-        self._check_room(steps)
+        self.check_room(steps)
         self._check_weights()
         step = self._launcher(sampler)
         self._steps.begin(tokens, self.length - self._padding, stop, pad)
@@ -286,7 +297,7 @@ class Engine:
                 launched += count
                 if on_tokens is not None:
                     done = self._steps.made()
-                    on_tokens(self._steps.tokens(seen, done))
+                    on_tokens(self._steps.tokens(seen, done).clone())
                     seen = done
         except BaseException:
             if stepping and not self.graphs:
@@ -306,53 +317,48 @@ class Engine:
             self.prepare_seconds += time.perf_counter() - started
         return step
 
-    def prepare(self, sampler: Sampler = GREEDY) -> None:
+    def prepare(self, sampler: Sampler = GREEDY, *, tokens: int | None = None) -> None:
         """Compile, tune and capture ahead of the first text, so that the clock of a run shows the run.
+
+        Args:
+            sampler: how tokens will be picked, which is part of the graph.
+            tokens: of the longest prompt to come; None for as many as fit.
 
         Raises:
             ValueError: the engine holds a text, or a decode step cannot be captured.
         """
         if self.length:
             raise ValueError(f"prepare needs an empty engine, got {self.length} tokens; reset() it")
-        if self.max_length < 3 or self._steps.ready(sampler) or not self._rehearses:
+        if tokens is not None:
+            check_integer("tokens", tokens)
+        steps = self._rehearses and not self._steps.ready(sampler)
+        long = self._is_long(tokens or self.max_length) and not self._compiled_long
+        if self.max_length < 3 or not (steps or long):
             return
         started, before = time.perf_counter(), self.prepare_seconds
         room = min(self.max_length - 1, positions_of(self.model) or REHEARSAL)
         count = min(max(2, REHEARSAL // self.batch), room)
-        tokens = torch.zeros(self.batch, count, dtype=torch.int64, device=self.device)
-        self._feed(tokens, self._mask(None, count))
-        with torch.no_grad():
-            if self.graphs:
-                self._steps.launcher(sampler)
-            elif self.compiles:
-                with self._steps.undone():
-                    self._steps.run(sampler)
+        rehearsed = torch.zeros(self.batch, count, dtype=torch.int64, device=self.device)
+        try:
+            self._feed(rehearsed, self._mask(None, count), compiled=self.compiles or long)
+            if steps:
+                self._rehearse(sampler)
+        finally:
+            self.reset()
         # Graphs are kept for each sampler, a compiled forward serves all of them.
         self._rehearses = self.graphs
-        self.reset()
+        self._compiled_long = self._compiled_long or long
         wait(self.device)
         self.prepare_seconds = before + time.perf_counter() - started
 
-
-def fingerprint(model: Any) -> tuple[Any, ...]:
-    """Where the weights are and which adapters are on: what a captured graph takes for granted."""
-    tensors = (*model.parameters(), *model.buffers())
-    adapters = tuple(
-        (
-            str(getattr(module, "active_adapters", "")),
-            bool(getattr(module, "disable_adapters", False)),
-            bool(getattr(module, "merged", False)),
-        )
-        for module in model.modules()
-        if hasattr(module, "active_adapters")
-    )
-    return tuple(_address(tensor) for tensor in tensors), adapters
-
-
-def _address(tensor: Tensor) -> int:
-    """Where a weight lies; quantised ones are made of several tensors, so what counts is which object they are."""
-    made_of_several: bool = is_traceable_wrapper_subclass(tensor)
-    return id(tensor) if made_of_several else tensor.data_ptr()
+    @torch.no_grad()
+    def _rehearse(self, sampler: Sampler) -> None:
+        """Capture a decode step, or compile it where there are no graphs."""
+        if self.graphs:
+            self._steps.launcher(sampler)
+        elif self.compiles:
+            with self._steps.undone():
+                self._steps.run(sampler)
 
 
 def _last_logits(model: Any, cache: DuoCache) -> Callable[[Tensor, Tensor], Tensor]:
@@ -372,23 +378,6 @@ def _last_logits(model: Any, cache: DuoCache) -> Callable[[Tensor, Tensor], Tens
         return out.logits[:, -1]
 
     return logits
-
-
-def _flag(name: str, value: bool | str, *, auto: bool) -> bool:
-    if value == "auto":
-        return auto
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True, False or 'auto', got {value!r}")
-    return value
-
-
-def _single_device(model: Any) -> torch.device:
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise ValueError(
-            f"the engine needs the model on one device, got {', '.join(sorted(places))}; use model.generate"
-        )
-    return model.device
 
 
 def wait(device: torch.device) -> None:

@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 
 from duohead.cache import DuoCache
+from duohead.models.checks import (
+    check_callable,
+    check_integer,
+    check_mask,
+    check_stop,
+    check_tokens,
+)
 from duohead.models.engine import Engine, wait
 from duohead.models.interface import STATE, policy_of, unwrap
-from duohead.models.prefill import check_positions, positions_of, prefill
+from duohead.models.prefill import CHUNK, check_chunk, check_positions, positions_of, prefill
 from duohead.models.sampling import Request, requested
 
 __all__ = ["ENGINES", "KEPT", "Generation", "check_positions", "generate", "prefill"]
@@ -62,7 +69,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 128,
-    chunk: int | None = None,
+    chunk: int | None = CHUNK,
     progress: Callable[[int], object] | None = None,
     engine: Engine | str = "auto",
     max_length: int | None = None,
@@ -80,17 +87,25 @@ def generate(
         engine: "graph" or "compiled" for an engine that stays with the model until it is disabled (or needs another
             one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it.
             An `Engine` of your own goes on with the text it holds: ``input_ids`` is then the whole text so far, of
-            which it feeds what is new; ``reset()`` it for another text.
+            which it feeds what is new; ``reset()`` it for another text. What is refused leaves it as it was; an error
+            or an interruption on the way leaves it empty, and the whole text may be passed again.
         max_length: tokens to allocate the engine's cache for; by default what this call needs, rounded up.
         options: anything that ``model.generate`` takes (do_sample, temperature, streamer, ...).
 
     Raises:
-        ValueError: the model has no policy, prompt and new tokens exceed its positions or ``max_length``, or an engine
-            was asked for that cannot do what the options say.
+        ValueError: the model has no policy, something is of the wrong type or shape, prompt and new tokens exceed the
+            model's positions or ``max_length``, or an engine was asked for that cannot do what the options say.
     """
     policy = policy_of(model)
     if policy is None:
         raise ValueError("this model has no policy; use it inside duohead.duo(model, policy)")
+    check_tokens(input_ids)
+    check_mask(attention_mask, input_ids.shape[0])
+    check_integer("max_new_tokens", max_new_tokens)
+    check_chunk(chunk)
+    check_callable("progress", progress)
+    if max_length is not None:
+        check_integer("max_length", max_length)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_positions(model, input_ids.shape[1] + max_new_tokens)
@@ -181,7 +196,7 @@ def _kept(
             batch=rows,
             max_length=max_length or max(needed, min(rounded, positions_of(model) or rounded)),
             padded=padded,
-            compile=compiled,
+            compile=compiled or "auto",
             graphs=True,
         )
         kept["engine"] = engine
@@ -203,27 +218,29 @@ class _Run:
     def with_engine(self, engine: Engine, request: Request) -> Generation:
         """Generate on an engine, from where it is."""
         past, prompt = engine.length, self.input_ids.shape[1]
-        if past >= prompt:
-            raise ValueError(
-                f"input_ids must be the whole text so far and more, but the engine holds {past} tokens already and "
-                f"got {prompt}; reset() it for another text"
-            )
+        self._check(engine, request)
         before = engine.prepare_seconds
         if not past:
-            engine.prepare(request.sampler)
+            engine.prepare(request.sampler, tokens=prompt)
         engine.seed()
-        if request.streamer is not None:
-            request.streamer.put(self.input_ids.cpu())
-        started = time.perf_counter()
-        logits = engine.prefill(
-            self.input_ids[:, past:],
-            attention_mask=self.mask,
-            chunk=self.chunk,
-            progress=self.progress,
-        )
-        wait(engine.device)
-        ready, captured = time.perf_counter(), engine.prepare_seconds
-        made = self._decoded(engine, request, engine.pick(logits, request.sampler))
+        try:
+            if request.streamer is not None:
+                request.streamer.put(self.input_ids.cpu())
+            started = time.perf_counter()
+            logits = engine.prefill(
+                self.input_ids[:, past:],
+                attention_mask=self.mask,
+                chunk=self.chunk,
+                progress=self.progress,
+            )
+            wait(engine.device)
+            ready, captured = time.perf_counter(), engine.prepare_seconds
+            made = self._decoded(engine, request, engine.pick(logits, request.sampler))
+        except BaseException:
+            if engine.length != past:
+                # The caller has not got what was generated, so the next text cannot go on from it.
+                engine.reset()
+            raise
         wait(engine.device)
         late = engine.prepare_seconds - captured
         return self._result(
@@ -235,6 +252,17 @@ class _Run:
             engine=("compiled" if engine.compiles else "graph") if engine.graphs else "steps",
             prepare_seconds=engine.prepare_seconds - before,
         )
+
+    def _check(self, engine: Engine, request: Request) -> None:
+        """Refuse what would otherwise fail once the prompt has been read."""
+        past, prompt = engine.length, self.input_ids.shape[1]
+        if past >= prompt:
+            raise ValueError(
+                f"input_ids must be the whole text so far and more, but the engine holds {past} tokens already and "
+                f"got {prompt}; reset() it for another text"
+            )
+        check_stop(request.stop)
+        engine.check_room(prompt - past + self.new - 1)
 
     def _decoded(self, engine: Engine, request: Request, first: Tensor) -> Tensor:
         """The first new token and those after it [B, n], streamed as they come."""

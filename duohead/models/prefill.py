@@ -1,20 +1,26 @@
 """A prompt of any length, fed in chunks into a cache, so that activations stay small.
 
 The result does not depend on the chunk size, because attention and eviction happen together, token-exact. Only the last
-position of a chunk goes through the language model head.
+position of a chunk goes through the language model head. The host counts the tokens itself meanwhile, so that neither
+it nor the device waits for the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from duohead.cache import DuoCache
+from duohead.models.checks import check_callable, check_integer, check_mask, check_tokens
 from duohead.models.interface import unwrap
 from duohead.shapes import text_config
+
+# Tokens per forward: at full speed on every GPU, with activations of a few GiB for models of any size.
+CHUNK = 32768
 
 
 def prefill(
@@ -23,7 +29,7 @@ def prefill(
     cache: DuoCache,
     *,
     attention_mask: Tensor | None = None,
-    chunk: int | None = None,
+    chunk: int | None = CHUNK,
     progress: Callable[[int], object] | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
@@ -34,7 +40,7 @@ def prefill(
         input_ids: new tokens [B, tokens]; they follow whatever the cache holds.
         cache: where keys and values go.
         attention_mask: [B, past + tokens], needed for left-padded rows.
-        chunk: tokens per forward, None for all at once.
+        chunk: tokens per forward, None for all at once; no result depends on it but those of ``visibility="chunk"``.
         progress: called with the number of tokens done after every chunk.
         forward: runs a chunk, by default the model itself.
 
@@ -42,14 +48,16 @@ def prefill(
         Logits of the last token [B, vocabulary].
 
     Raises:
-        ValueError: no tokens, a chunk below 1 (below 2 for padded rows of hybrid models), or more tokens than the model
-            has positions.
+        ValueError: something of the wrong type or shape, no tokens, a chunk below 1 (below 2 for padded rows of hybrid
+            models), or more tokens than the model has positions.
     """
+    check_tokens(input_ids)
+    check_mask(attention_mask, input_ids.shape[0])
+    check_callable("progress", progress)
     count = input_ids.shape[1]
     if count == 0:
         raise ValueError("input_ids must hold at least one token, got none")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    check_chunk(chunk)
     ours = getattr(cache, "duo_layers", None)
     hybrid = ours is not None and len(ours) < len(cache.layers)
     if chunk == 1 and hybrid and attention_mask is not None and not bool(attention_mask.all()):
@@ -61,7 +69,8 @@ def prefill(
     check_positions(model, past + count)
     step = chunk or count
     logits = None
-    with torch.no_grad():
+    counted = cache.counted() if isinstance(cache, DuoCache) else nullcontext()
+    with torch.no_grad(), counted:
         start = 0
         while start < count:
             # A single token counts as decoding, so it is no piece of its own where pieces are longer.
@@ -85,6 +94,14 @@ def prefill(
             start = stop
     assert logits is not None, "there is at least one chunk"
     return logits[:, -1]
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raise ValueError unless ``chunk`` is a number of tokens, or None."""
+    if chunk is not None:
+        check_integer("chunk", chunk)
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
 
 
 def positions_of(model: Any) -> int | None:

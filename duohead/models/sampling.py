@@ -42,7 +42,7 @@ class Sampler:
         min_p: keep tokens at least this likely relative to the likeliest, in [0, 1]; None for all.
 
     Raises:
-        ValueError: a number out of range, or a filter without a temperature.
+        ValueError: no number, one out of range, or a filter without a temperature.
     """
 
     temperature: float = 0.0
@@ -53,7 +53,13 @@ class Sampler:
     def __post_init__(self) -> None:
         filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         given = [name for name, value in filters.items() if value is not None]
-        if self.temperature < 0:
+        for name in ("temperature", *given):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(
+                value, int if name == "top_k" else int | float
+            ):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if self.temperature == 0 and given:
             raise ValueError(

@@ -1,0 +1,67 @@
+"""Flags and look-ups that several verbs share, so that the same thing is called the same and fails in the same words.
+
+`add_model_flags(parser)` gives MODEL_FLAGS, `load_pattern("pocket")` knows the bundled patterns by their model's name,
+`read_haystack(files)` names the text that a record should name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from duohead.pattern import HeadPattern
+
+MODEL_FLAGS = ("--dtype", "--device")
+DEFAULT_TEXT = "CPython documentation"
+
+
+def add_model_flags(parser: Any) -> None:
+    """Add --dtype and --device, as `load_model` takes them."""
+    from duohead.pocket.loading import DTYPES
+
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="what the model computes in (as stored; float32 for the bundled models)",
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1 (default: cuda if there is one)"
+    )
+
+
+def load_pattern(name: str) -> HeadPattern:
+    """The pattern of a folder or hub id; the name of a bundled model stands for the pattern beside it."""
+    from duohead import pocket
+    from duohead.pattern import HeadPattern
+
+    bundled = name in pocket.NAMES and not Path(name).exists()
+    return HeadPattern.load(pocket.pattern(name) if bundled else name)
+
+
+def read_haystack(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """A name for the text of the files and the texts, one a file; without files the documentation inside CPython."""
+    from duohead.identify import haystack
+
+    if not paths:
+        return DEFAULT_TEXT, haystack.texts()
+    return " ".join(Path(path).name for path in paths), haystack.texts(paths)
+
+
+def at_least(limits: Iterable[tuple[str, int | None, int]]) -> None:
+    """Raise ValueError for the first (flag, value, lowest) whose value is given and too small."""
+    for flag, value, lowest in limits:
+        if value is not None and value < lowest:
+            raise ValueError(f"{flag} must be at least {lowest}, got {value}")
+
+
+def window(text: str) -> tuple[int, int]:
+    """Sink and recent tokens out of "64+256", for argparse."""
+    sink, found, recent = text.partition("+")
+    if not found or not sink.isdigit() or not recent.isdigit():
+        raise argparse.ArgumentTypeError(f"must be SINK+RECENT, such as 64+256, got {text!r}")
+    return int(sink), int(recent)

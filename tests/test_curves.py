@@ -1,0 +1,51 @@
+"""Charts of several curves: marks inside the frame, styles that differ, axes that fit their data."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from duohead.evaluate.curves import STYLES, Axis, Curve, curve_chart, legend, styles_of, unstyled
+from duohead.evaluate.heatmap import HeatMap
+
+
+def test_curves_stay_inside_the_frame_and_apart_in_style() -> None:
+    curves = [Curve(name, ((2048, 3.0), (8192, 5.0)), name, ((2048, 9.0),)) for name in STYLES]
+    for doubling in (False, True):
+        svg = curve_chart(
+            curves, x=Axis("x", "tokens", doubling=doubling), y=Axis("y"), title="t", description=""
+        )
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
+        spots = re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', svg)
+        spots += [
+            pair.split(",")
+            for points in re.findall(r'points="([^"]+)"', svg)
+            for pair in points.split()
+        ]
+        assert len(spots) > 40
+        for x, y in spots:
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= height
+    assert len(re.findall("<li>", legend(curves))) == 8
+    fixed = {"full": "ref", "random": "two"}
+    assert styles_of(["a", "full", "b"], fixed=fixed) == {**fixed, "a": "one", "b": "four"}
+    names = [str(i) for i in range(16)]
+    many = styles_of(names, fixed=fixed)
+    assert len(set(many.values())) == len(many) == 17
+    assert unstyled(names, many) == " In the table only: 15."
+
+
+def test_an_axis_without_zero_shows_small_differences() -> None:
+    ticks = Axis("perplexity", zero=False).ticks([12.0, 12.3])
+    assert min(ticks) <= 12.0 < 12.3 <= max(ticks)
+    assert max(ticks) - min(ticks) < 0.5
+    assert Axis("y", zero=False).ticks([3.0])  # one value has no differences
+
+
+def test_long_names_beside_and_under_a_heat_map_keep_out_of_its_cells() -> None:
+    names = ["a very long name of a setting", "x", "another long name"]
+    svg = HeatMap([[0.1, 0.2, math.nan]] * 3, names, names, "x", "y", "t", "d").svg()
+    left = min(float(x) for x in re.findall(r'<rect x="([\d.]+)"', svg))
+    assert 100 < left < 160
+    assert svg.count("rotate(-32)") == 3
+    assert "a very long nam…" in svg

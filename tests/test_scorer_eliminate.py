@@ -1,0 +1,268 @@
+"""Elimination: which head leaves when, what a choice of heads loses, and the texts that it is judged by."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_identification import TEXT, tiny, tokenizer
+
+from duohead.identify import haystack
+from duohead.identify.gates import Gates, installed
+from duohead.identify.scorers import eliminate as module
+from duohead.identify.scorers.eliminate import (
+    DEFAULT_CONTEXT,
+    SCORER,
+    EliminateOptions,
+    Heads,
+    _Choices,
+    _Exam,
+    _quizzes,
+    eliminate,
+    measure,
+)
+from duohead.identify.scorers.quiz import KINDS, Quiz, quiz
+from duohead.shapes import layer_shapes
+
+OPTIONS = EliminateOptions(
+    sink=4, recent=8, context=400, samples=2, questions=1, prose=8, exhaustive=2, batch_tokens=1200
+)
+
+
+def ranked(options: EliminateOptions, model: Any = None) -> tuple[torch.Tensor, dict[str, Any]]:
+    model = tiny() if model is None else model
+    return measure(model, tokenizer(), TEXT, options=options, progress=False)
+
+
+class Counted:
+    """A loss that knows how often it was asked for something new."""
+
+    def __init__(self, of: Any) -> None:
+        self._of, self.known = of, dict[Heads, float]()
+
+    def __call__(self, sets: Sequence[Heads]) -> list[float]:
+        self.known.update((heads, self._of(heads)) for heads in sets)
+        return [self.known[heads] for heads in sets]
+
+
+def facts(heads: int, *, seed: int) -> Counted:
+    """Each of many facts is known to a few heads and lost when none of them is left: heads stand in for one another."""
+    draw = random.Random(seed)
+    known_to = [set(draw.sample(range(heads), draw.randint(1, min(4, heads)))) for _ in range(200)]
+    return Counted(lambda kept: sum(not known & kept for known in known_to) / 200)
+
+
+def greedy(loss: Counted, heads: int, until: int) -> list[int]:
+    kept, order = frozenset(range(heads)), []
+    while len(kept) > until:
+        gone = min(sorted(kept), key=lambda head: loss([kept - {head}])[0])
+        order.append(gone)
+        kept = kept - {gone}
+    return order
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lazy_elimination_takes_the_heads_that_greedy_elimination_takes_with_fewer_tries(
+    seed: int,
+) -> None:
+    options = replace(OPTIONS, tries=24, exhaustive=1)
+    ours, theirs = facts(24, seed=seed), facts(24, seed=seed)
+    assert list(eliminate(ours, 24, options=options))[:-1] == greedy(theirs, 24, 1)
+    assert len(ours.known) < 0.8 * len(theirs.known)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_heads_leave_in_the_best_order_there_is(seed: int) -> None:
+    draw = random.Random(seed)
+    loss = Counted(lambda kept: draw.random())
+    order = list(eliminate(loss, 6, options=replace(OPTIONS, exhaustive=6)))
+
+    def total(leaving: Sequence[int]) -> float:
+        return sum(loss.known[frozenset(leaving[start:])] for start in range(1, 7))
+
+    assert total(order) == pytest.approx(min(map(total, itertools.permutations(range(6)))))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5, 40])
+def test_every_head_leaves_once_also_when_several_leave_at_a_time(heads: int) -> None:
+    options = replace(OPTIONS, one_by_one=8, tries=2)
+    order = list(eliminate(facts(heads, seed=0), heads, options=options))
+    assert sorted(order) == list(range(heads))
+
+
+def test_256_heads_take_fewer_tokens_than_the_training_of_their_gates() -> None:
+    options, loss = EliminateOptions(), facts(256, seed=0)
+    assert len(list(eliminate(loss, 256, options=options))) == 256
+    tokens = len(loss.known) * options.samples * (options.context_min + DEFAULT_CONTEXT) / 2
+    # 2000 steps of 2000 to 32000 tokens, each once through the teacher, forward and backward (arXiv 2410.10819, 3.1).
+    assert tokens < 0.6 * 2000 * 17_000 * 3
+
+
+def test_a_head_that_alone_acts_on_the_model_leaves_last() -> None:
+    for planted in [(0, 1), (1, 0)]:
+        scores, facts = ranked(OPTIONS, planted_model(*planted))
+        assert scores[planted] == 3
+        assert facts["losses"][0] > 0.01
+        assert facts["losses"][1:] == pytest.approx([0] * 4, abs=1e-5)
+
+
+def planted_model(layer: int, head: int) -> Any:
+    """Two layers of two KV heads, of which one has an output."""
+    model = tiny()
+    with torch.no_grad():
+        for index, block in enumerate(model.model.layers):
+            columns = block.self_attn.o_proj.weight.unflatten(1, (2, -1))
+            columns[:, [other for other in range(2) if (index, other) != (layer, head)]] = 0
+    return model
+
+
+def test_scores_are_a_strict_order_of_gated_heads_and_follow_from_the_seed() -> None:
+    first, again, other = (ranked(replace(OPTIONS, seed=seed, samples=1))[0] for seed in (0, 0, 1))
+    assert first.dtype == torch.float32
+    assert torch.equal(first, again)
+    assert sorted(first.flatten().tolist()) == sorted(other.flatten().tolist()) == [0, 1, 2, 3]
+
+
+def test_a_layer_with_a_native_window_is_not_ranked() -> None:
+    model = tiny(num_hidden_layers=3)
+    shapes = layer_shapes(model)
+    windowed = (shapes[0], replace(shapes[1], window=16), shapes[2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "layer_shapes", lambda _: windowed)
+        scores, _ = ranked(OPTIONS, model)
+    assert scores[1].isnan().all()
+    assert sorted(scores[[0, 2]].flatten().tolist()) == [0, 1, 2, 3]
+
+
+def test_the_loss_of_a_choice_is_that_of_gates_which_are_0_or_1() -> None:
+    model, given = tiny(), a_quiz()
+    choices = _Choices(layer_shapes(model), sink=4, recent=8)
+    sets = [frozenset(c) for n in range(5) for c in itertools.combinations(range(4), n)]
+    with installed(model, choices):
+        together = _Exam(model, choices, [given], batch_tokens=2000)(sets)
+        alone = _Exam(model, choices, [given], batch_tokens=1)(sets)
+    assert together == pytest.approx(alone, abs=1e-5)
+    gates = Gates.of(model, sink=4, recent=8)
+    with installed(model, gates):
+        expected = [by_gates(model, gates, given, kept) for kept in sets]
+    assert together == pytest.approx(expected, abs=1e-5)
+    assert together[-1] == pytest.approx(0, abs=1e-5)
+    assert together[0] > 0.05
+
+
+@torch.no_grad()
+def by_gates(model: Any, gates: Gates, given: Quiz, kept: Heads) -> float:
+    """Weighted mean over kinds of the mean over answers of 1 - exp(-divergence of the worst token)."""
+
+    def probabilities() -> Any:
+        return (
+            model(input_ids=given.input_ids[None], use_cache=False).logits[0].double().softmax(-1)
+        )
+
+    gates.values.fill_(1)
+    teacher = probabilities()
+    gates.values.zero_()
+    gates.values[list(kept)] = 1
+    divergence = (teacher * (teacher / probabilities()).log()).sum(-1)
+    lost = [1 - torch.exp(-divergence[a - 1 : b - 1].max()).item() for a, b in given.answers]
+    of_kind = [
+        [value for value, kind in zip(lost, given.kinds, strict=True) if kind == name]
+        for name in KINDS
+    ]
+    *answers, prose = (sum(values) / len(values) for values in of_kind)
+    return (sum(answers) + 0.1 * prose) / 3.1
+
+
+def test_grouped_heads_learned_sinks_and_soft_caps_reach_the_attention_of_each_head() -> None:
+    from duohead.identify.banded import Scores
+
+    shapes = layer_shapes(tiny(num_hidden_layers=1))
+    choices, gates = _Choices(shapes, sink=4, recent=8), Gates(shapes, sink=4, recent=8)
+    scores = Scores(softcap=3.0, sinks=torch.randn(4))
+    q, k, v = (torch.randn(3, heads, 60, 8) for heads in (4, 2, 2))
+    sets = [frozenset({0}), frozenset({1}), frozenset({0, 1})]
+    choices.choose(sets)
+    with torch.no_grad():
+        got = choices.attend(0, q, k, v, scores=scores)
+        for row, kept in enumerate(sets):
+            gates.values.zero_()
+            gates.values[list(kept)] = 1
+            one = [x[row : row + 1] for x in (q, k, v)]
+            assert torch.allclose(
+                got[row], gates.attend(0, *one, scores=scores)[0], rtol=0, atol=1e-6
+            )
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attention = model.config._attn_implementation
+    ranked(replace(OPTIONS, samples=1), model)
+    assert model.config._attn_implementation == attention
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_options_out_of_range_and_texts_without_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="tries must be above 0, got 0"):
+        EliminateOptions(tries=0)
+    with pytest.raises(ValueError, match="exhaustive must be at most 16"):
+        EliminateOptions(exhaustive=17)
+    with pytest.raises(ValueError, match="context_min must exceed sink [+] recent = 384"):
+        EliminateOptions(context_min=384)
+    with pytest.raises(ValueError, match="questions must be at most 20"):
+        EliminateOptions(questions=21)
+    with pytest.raises(ValueError, match="runs of 16 words"):
+        measure(tiny(), tokenizer(), "1 2 3 4 " * 2000, options=OPTIONS, progress=False)
+    with pytest.raises(ValueError, match="context must not exceed 512"):
+        ranked(replace(OPTIONS, context=600))
+
+
+def a_quiz(*, seed: int = 0, each: int = 1, length: int = 400) -> Quiz:
+    ids = haystack.tokens(TEXT, tokenizer(), at_least=length)
+    generator = torch.Generator().manual_seed(seed)
+    return quiz(
+        tokenizer(), ids, context_length=length, each=each, prose=8, first=12, generator=generator
+    )
+
+
+def test_texts_have_evenly_spaced_lengths() -> None:
+    options = replace(OPTIONS, context=500, context_min=400, samples=3)
+    lengths = [len(given.input_ids) for given in _quizzes(tiny(), tokenizer(), TEXT, options)]
+    assert lengths == [500, 450, 400]
+
+
+def test_a_quiz_asks_for_what_its_text_holds() -> None:
+    given = a_quiz(each=2, length=900)
+    assert len(given.input_ids) == 900
+    assert sorted(given.kinds) == sorted(["list", "code", "quotation"] * 2 + ["prose"] * 8)
+    text = tokenizer().decode(given.input_ids)
+    for (start, end), kind in zip(given.answers, given.kinds, strict=True):
+        if kind == "prose":
+            assert end == start + 1 and 12 <= start < given.answers[0][0]
+            continue
+        answer = tokenizer().decode(given.input_ids[start:end])
+        lead = tokenizer().decode(given.input_ids[:start]).rsplit("\n\n", 1)[1]
+        assert text.count(lead + answer) == 2
+        assert len(lead) > 10 and len(answer) > 5
+
+
+def test_a_quiz_hides_more_codes_than_it_asks_for() -> None:
+    given = a_quiz(each=2, length=900)
+    text = tokenizer().decode(given.input_ids[: given.answers[0][0]])
+    assert text.count("The code of ") == 8 + (given.kinds[0] == "code")
+
+
+def test_a_quiz_follows_from_its_generator() -> None:
+    assert torch.equal(a_quiz().input_ids, a_quiz().input_ids)
+    assert not torch.equal(a_quiz().input_ids, a_quiz(seed=1).input_ids)
+
+
+def test_the_scorer_says_what_it_is() -> None:
+    assert SCORER.name == "eliminate"
+    assert SCORER.options is EliminateOptions

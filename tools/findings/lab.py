@@ -1,0 +1,223 @@
+"""What every experiment needs: a model, texts, quickly trained gates, accuracies under a policy, and its records.
+
+Gates are trained as `duohead identify` does, but on any samples, and policies are scored by `evaluate_needle`, so that
+an experiment is only the list of what it varies. Make one with `Lab.open("pocket", ...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from duohead import HeadPattern
+from duohead.evaluate.needle import evaluate_needle
+from duohead.evaluate.tasks import TASKS
+from duohead.identify import haystack
+from duohead.identify.gates import Gates, distillation, installed
+from duohead.identify.options import IdentifyOptions
+from duohead.identify.passkeys import Sample, passkey_sample
+from duohead.pocket.loading import load_model
+from duohead.record import write_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from duohead.policy import HeadPolicy
+
+SINK, RECENT = 64, 256
+RATIOS = (0.5, 0.25, 0.125)
+# Formats that full attention of both pocket models answers, and that differ in key, value and wording.
+RETRIEVAL = ("passkeys", "needle", "number", "keyvalue")
+MakeSample = Callable[[torch.Generator], Sample]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much an experiment spends: training steps, samples and lengths of the evaluation."""
+
+    steps: int = 60
+    samples: int = 20
+    lengths: tuple[int, ...] = (4096,)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    batch: int = 20
+
+    @property
+    def answers(self) -> int:
+        """Scored samples of one task and length."""
+        return self.samples * len(self.depths)
+
+
+SMALL = Effort(steps=3, samples=1, lengths=(1024,), depths=(0.5,), batch=1)
+
+
+@dataclass
+class Lab:
+    """One model with the texts to identify on and to score on, which never are the same."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text_ids: torch.Tensor
+    held_out: torch.Tensor
+    held_out_name: str
+    out: Path
+    effort: Effort = field(default_factory=Effort)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        out: Path,
+        held_out: Sequence[str],
+        device: str | None = None,
+        effort: Effort,
+        seeds: tuple[int, ...] = (0, 1, 2),
+    ) -> Lab:
+        """Load model and texts; heads are identified on the documentation inside CPython, scored on ``held_out``."""
+        model, tokenizer = load_model(name, device=device)
+        limit = 16 * 32768
+        ids = haystack.tokens(haystack.default_text(), tokenizer, at_least=8192, at_most=limit)
+        other = haystack.tokens(haystack.read_text(held_out), tokenizer, at_least=8192)
+        label = ", ".join(Path(path).name.split(".")[0] for path in held_out)
+        return cls(name, model, tokenizer, ids, other, label, out, effort, seeds)
+
+    def passkeys(self, *, length: int = 1280, **options: Any) -> MakeSample:
+        """Samples of the paper's task; ``options`` are those of `passkey_sample`."""
+        return lambda generator: passkey_sample(
+            self.tokenizer, self.text_ids, context_length=length, generator=generator, **options
+        )
+
+    def task(self, name: str, *, length: int = 1280) -> MakeSample:
+        """Samples of an evaluation format, over the text that heads are identified on."""
+
+        def make(generator: torch.Generator) -> Sample:
+            depth = 0.05 + 0.9 * float(torch.rand((), generator=generator))
+            return TASKS[name].make(
+                self.tokenizer,
+                self.text_ids,
+                context_length=length,
+                depth=depth,
+                generator=generator,
+            )
+
+        return make
+
+    def prose(self, *, length: int = 1280) -> MakeSample:
+        """Plain text; every token of its last quarter counts as an answer."""
+
+        def make(generator: torch.Generator) -> Sample:
+            start = int(torch.randint(len(self.text_ids) - length, (), generator=generator))
+            ids = self.text_ids[start : start + length]
+            return Sample(ids, ((length - length // 4, length),))
+
+        return make
+
+    def identify(
+        self,
+        make: MakeSample,
+        *,
+        sink: int = SINK,
+        recent: int = RECENT,
+        seed: int = 0,
+        model: PreTrainedModel | None = None,
+        **options: Any,
+    ) -> HeadPattern:
+        """Train gates on the samples of ``make``, with the schedule of `duohead identify`."""
+        model = model or self.model
+        values: dict[str, Any] = {
+            "steps": self.effort.steps,
+            "learning_rate": 0.05,
+            "context_min": sink + recent + 1,
+            "context_max": None,
+            **options,
+        }
+        chosen = IdentifyOptions(sink=sink, recent=recent, seed=seed, **values)
+        gates = Gates.of(model, sink=sink, recent=recent)
+        optimizer = torch.optim.AdamW([gates.values], weight_decay=0.0, foreach=False)
+        generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
+        with installed(model, gates) as backbone:
+            for step in range(chosen.steps):
+                optimizer.param_groups[0]["lr"] = chosen.learning_rate_at(step)
+                loss = distillation(backbone, gates, make(generator))
+                optimizer.zero_grad()
+                (loss + chosen.reg_weight * gates.penalty()).backward()
+                optimizer.step()
+                gates.clamp_()
+        return HeadPattern.from_alpha(gates.alpha, model=model, sink=sink, recent=recent)
+
+    def accuracy(
+        self,
+        policies: Mapping[str, HeadPolicy | None],
+        *,
+        tasks: Sequence[str] = RETRIEVAL,
+        lengths: Sequence[int] | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Exact match on the held-out text, by policy and task, in percent."""
+        effort = self.effort
+        result = evaluate_needle(
+            model or self.model,
+            self.tokenizer,
+            self.held_out,
+            policies=policies,
+            tasks=tasks,
+            lengths=lengths or effort.lengths,
+            depths=effort.depths,
+            samples=effort.samples,
+            batch=effort.batch,
+        )
+        return {
+            name: {task: 100 * result.mean(method=name, task=task) for task in tasks}
+            for name in policies
+        }
+
+    def note(self, question: str, numbers: Mapping[str, Any], **variant: Any) -> None:
+        """Append one record: what was varied is its shape, what came out its numbers."""
+        shape = {
+            "model": self.name,
+            "held_out": self.held_out_name,
+            "steps": self.effort.steps,
+            "samples": self.effort.answers,
+            "lengths": list(self.effort.lengths),
+            **variant,
+        }
+        write_record(
+            self.out,
+            op=f"findings.{question}",
+            impl="gates",
+            shape=shape,
+            dtype=self.model.dtype,
+            numbers=dict(numbers),
+        )
+
+
+def overlap(first: HeadPattern, second: HeadPattern, ratio: float) -> float:
+    """Share of the retrieval heads at ``ratio`` that two patterns have in common, 0 to 1."""
+    mine, theirs = (
+        {
+            (layer, head)
+            for layer, kind in enumerate(pattern.policy(retrieval_ratio=ratio).layers)
+            for head in kind.retrieval
+        }
+        for pattern in (first, second)
+    )
+    return len(mine & theirs) / len(mine)
+
+
+def rank_correlation(first: HeadPattern, second: HeadPattern) -> float:
+    """Spearman's correlation of two patterns' alphas over gated heads; ties share their mean rank."""
+    ranks = [_ranks(pattern.alpha[pattern.gated]) for pattern in (first, second)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())
+
+
+def _ranks(values: Any) -> torch.Tensor:
+    given = torch.as_tensor(values, dtype=torch.float64)
+    below = (given[None] < given[:, None]).sum(1).double()
+    equal = (given[None] == given[:, None]).sum(1).double()
+    return below + (equal - 1) / 2
