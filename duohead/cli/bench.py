@@ -1,7 +1,7 @@
 """`duohead bench`: speed and memory, measured here, after the results were held against fp64 in the same process.
 
 `kernels` times attention of one layer against the best full attention there is, `model` whole models of true shapes,
-`capacity` the longest cache that fits, `identify` a step of gate training; each appends records, of which `report` draws
+`capacity` the longest cache that fits, `identify` a step of gate training; all append records, of which `report` draws
 pictures. Run `duohead bench kernels --preset decode-table --json results/kernels.jsonl`.
 """
 
@@ -314,6 +314,10 @@ KINDS: dict[str, tuple[str, Any, Any]] = {
     "kernels": ("attention of one layer against the best full attention", add_kernels, _kernels),
     "model": ("whole models of true shapes with random weights", add_model, _model),
     "capacity": ("the longest cache that fits beside a model", add_capacity, _capacity),
-    "identify": ("a step of gate training, and what a whole run would take", add_identify, _identify),
+    "identify": (
+        "a step of gate training, and what a whole run would take",
+        add_identify,
+        _identify,
+    ),
     "report": ("pictures of what the others measured", add_report, _report),
 }
