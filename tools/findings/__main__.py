@@ -20,6 +20,7 @@ def main() -> int:
     )
     parser.add_argument("--json", required=True, metavar="FILE", help="records are appended here")
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 (default: float32)")
     parser.add_argument("--small", action="store_true", help="a rehearsal that means nothing")
     args = parser.parse_args()
     lab = Lab.open(
@@ -27,6 +28,7 @@ def main() -> int:
         out=Path(args.json),
         held_out=args.held_out,
         device=args.device,
+        dtype=args.dtype,
         effort=SMALL if args.small else Effort(),
         seeds=(0,) if args.small else (0, 1, 2),
     )

@@ -40,10 +40,10 @@ class Effort:
     """How much an experiment spends: training steps, samples and lengths of the evaluation."""
 
     steps: int = 60
-    samples: int = 20
+    samples: int = 10
     lengths: tuple[int, ...] = (4096,)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    batch: int = 20
+    batch: int = 25
 
     @property
     def answers(self) -> int:
@@ -76,11 +76,12 @@ class Lab:
         out: Path,
         held_out: Sequence[str],
         device: str | None = None,
+        dtype: str = "auto",
         effort: Effort,
         seeds: tuple[int, ...] = (0, 1, 2),
     ) -> Lab:
         """Load model and texts; heads are identified on the documentation inside CPython, scored on ``held_out``."""
-        model, tokenizer = load_model(name, device=device)
+        model, tokenizer = load_model(name, dtype=dtype, device=device)
         limit = 16 * 32768
         ids = haystack.tokens(haystack.default_text(), tokenizer, at_least=8192, at_most=limit)
         other = haystack.tokens(haystack.read_text(held_out), tokenizer, at_least=8192)

@@ -33,7 +33,7 @@ _ASK = (
 @contextmanager
 def tuned(lab: Lab, kind: str) -> Iterator[tuple[PreTrainedModel, dict[str, float]]]:
     """A copy of the lab's model after some hundred steps of AdamW on ``kind``, and its loss before and after."""
-    model = copy.deepcopy(lab.model).train()
+    model = copy.deepcopy(lab.model).float().train()
     ids = _instructions(lab) if kind == "instructions" else lab.text_ids
     steps = 4 * lab.effort.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
@@ -48,7 +48,7 @@ def tuned(lab: Lab, kind: str) -> Iterator[tuple[PreTrainedModel, dict[str, floa
         losses.append(loss.item())
     edge = max(1, steps // 20)
     yield (
-        model.eval(),
+        model.eval().to(lab.model.dtype),
         {
             "tuning_steps": float(steps),
             "tuning_tokens": float(steps * ROWS * LENGTH),
