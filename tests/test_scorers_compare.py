@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_evaluation import TEXT, model, tokenizer
 
 from duohead.cli import evaluate_compare
@@ -151,13 +152,40 @@ def test_a_pattern_made_otherwise_is_refused(saved: tuple[str, str], tmp_path: P
         word.replace("profile.queries=32", "profile.queries=8") for word in words(saved, tmp_path)
     ]
     changed[changed.index("--lengths") + 1] = "320"
-    with pytest.raises(ValueError, match="pattern with other options; compare in another folder"):
+    with pytest.raises(
+        ValueError, match="heads of .*profile-0.* made with other options; compare in another"
+    ):
         run(changed)
+
+
+def test_scores_made_otherwise_are_not_taken_for_new_ones(
+    saved: tuple[str, str], tmp_path: Path
+) -> None:
+    few = "--scorers profile --seeds 0 --set profile.samples=1 profile.context="
+    run(words(saved, tmp_path / "one", f"{few}200"))
+    with pytest.raises(ValueError, match="scores .*profile-0.* made with other options; compare"):
+        run(words(saved, tmp_path / "one", f"{few}210"))
+    # Another text in a file of the same name, and other weights in a model of the same name.
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    arguments = words((saved[0], str(file)), tmp_path / "two", f"{few}200")
+    run(arguments)
+    file.write_text(TEXT[100:])
+    compare._load.cache_clear()
+    with pytest.raises(ValueError, match="scores .*full.* made with other haystack_digest"):
+        run(arguments)
+    file.write_text(TEXT)
+    compare._load.cache_clear()
+    loaded = compare._load(saved[0], "auto", "cpu", (str(file),), None)
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(1)
+    with pytest.raises(ValueError, match="scores .*full.* made with other model_digest"):
+        run(arguments)
 
 
 def test_processes_share_the_work_and_find_the_same(saved: tuple[str, str], tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    few = "--scorers profile random --seeds 0".split()
+    few = "--scorers profile random --seeds 0 --set profile.context=200 profile.samples=1".split()
     run([*words(saved, tmp_path / "one", f"--json {one}"), *few])
     run([*words(saved, tmp_path / "two", f"--json {two} --workers 2"), *few])
     assert without_time(one) == without_time(two)
@@ -171,6 +199,11 @@ def test_processes_share_the_work_and_find_the_same(saved: tuple[str, str], tmp_
         ("--set optimise.steps", "must be NAME.OPTION=VALUE"),
         ("--set optimise.steps=many", "expected a value of type int, got 'many'"),
         ("--set optimise.teacher_full=2", "expected a value of type bool, got '2'"),
+        ("--set echo.copies=3", "echo must be among --scorers, got optimise profile random"),
+        ("--set profile.seed=3", "seed must be the same for all scorers.*use --seeds"),
+        ("--set profile.sink=3", "sink must be the same for all scorers.*use --sink"),
+        ("--set optimise.wording=no.toml", "wording file 'no.toml' cannot be read"),
+        ("--sink 700 --set profile.samples=1", "context_min must exceed sink . recent"),
         ("--tasks magic", "--tasks must be all or among passkeys, .*got magic"),
         ("--retrieval-ratio 0", "--retrieval-ratio must be above 0 and at most 1, got 0.0"),
         ("--workers 0", "--workers must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/numbers.md from the records in results/, so that none is typed by hand.
+"""Write the tables of the README and of the pages in docs/ from the records in results/, so that none is typed by hand.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; this replaces what is between them. Run
 `python tools/readme.py` after new records; `tests/test_readme.py` fails while a page says something else.
@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 from duohead.evaluate.results import NeedleResult  # noqa: E402
 from duohead.files import write_text  # noqa: E402
 from duohead.record import read_records  # noqa: E402
-from tools import speed_tables  # noqa: E402
+from tools import finding_tables, speed_tables  # noqa: E402
 from tools.speed_tables import NOTHING, machine_line, table  # noqa: E402
 
 RESULTS = ROOT / "results"
-PAGES = ("README.md", "docs/numbers.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/findings.md")
 NAMES = {"full": "all (full attention)", "streaming": "none (all heads stream)"}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -102,6 +102,21 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "long_prefill": ("model-h100.jsonl", speed_tables.long_prefill),
             "mha_prefill": ("model-h100.jsonl", speed_tables.mha_prefill),
             "capacity": ("capacity-h100.jsonl", speed_tables.capacity),
+            "identify_steps": ("identify-h100.jsonl", finding_tables.identify_steps),
+            "identify_saved": ("identify-steps-pocket.jsonl", finding_tables.identify_saved),
+            "compare_pocket": ("compare-pocket.jsonl", finding_tables.compare),
+            "compare_mha": ("compare-pocket-mha.jsonl", finding_tables.compare),
+            "eighth_pocket": ("compare-pocket.jsonl", finding_tables.compare_tasks),
+            "eighth_mha": ("compare-pocket-mha.jsonl", finding_tables.compare_tasks),
+            "sinks": ("findings.jsonl", finding_tables.varied("sinks", "window")),
+            "windows": ("findings.jsonl", finding_tables.windows),
+            "objectives": ("findings.jsonl", finding_tables.varied("objectives", "objective")),
+            "passkeys": ("findings.jsonl", finding_tables.varied("passkeys", "variant")),
+            "tasks": ("findings.jsonl", finding_tables.varied("tasks", "identified_on")),
+            "agreement": ("findings.jsonl", finding_tables.agreement),
+            "tuning": ("findings.jsonl", finding_tables.tuning),
+            "errors": ("findings.jsonl", finding_tables.errors),
+            "lengths": ("findings.jsonl", finding_tables.lengths),
         }.items()
     },
 }

@@ -114,14 +114,14 @@ class DuoCache(Cache):
             )
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Inside, the host counts the tokens of a static cache too, so that attention does not wait for the length.
+    def counted(self, length: int) -> Iterator[None]:
+        """Inside, for one forward, the host knows that ``length`` tokens came before, so that nothing waits for it.
 
-        For forwards that the host launches one by one: a replayed graph counts on the device alone.
+        Of one forward alone, since compiled code and replayed graphs count where the host does not see it.
         """
         try:
             for layer in self.duo_layers:
-                layer.counted = int(layer.length)
+                layer.counted = length
             yield
         finally:
             for layer in self.duo_layers:

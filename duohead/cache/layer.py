@@ -74,7 +74,7 @@ class DuoLayer(CacheLayerMixin):
         # Whether graphs may rely on the addresses: a static layer that was allocated outside of any.
         self.addressed = False
         self.length: int | Tensor = 0
-        # The length on the host, while `DuoCache.counted` keeps it: reading the device's would wait for all its work.
+        # The length on the host, while `DuoCache.counted` knows it: reading the device's would wait for all its work.
         self.counted: int | None = None
         self.padding: Tensor | None = None
         self.kinds: list[Kind] = []

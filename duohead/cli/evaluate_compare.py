@@ -37,6 +37,8 @@ FLAGS = (
     "--seed",
 )
 RATIOS = (0.5, 0.25, 0.125, 0.0625)
+# Options of every scorer that a comparison sets itself, and by which flag.
+_SHARED = {"seed": "--seeds", "sink": "--sink", "recent": "--recent"}
 
 
 def add_arguments(kinds: Any) -> None:
@@ -169,6 +171,7 @@ def _check(args: argparse.Namespace) -> None:
     from duohead.evaluate.plots import require_matplotlib
     from duohead.evaluate.tasks import TASKS
     from duohead.files import check_writable
+    from duohead.identify.scorers import NAMES
 
     limits = [
         (f"--{name}", getattr(args, name), 1) for name in ("depths", "samples", "workers", "batch")
@@ -187,6 +190,12 @@ def _check(args: argparse.Namespace) -> None:
     for ratio in args.retrieval_ratio:
         if not 0 < ratio <= 1:
             raise ValueError(f"--retrieval-ratio must be above 0 and at most 1, got {ratio}")
+    for setting in args.set:
+        name = setting.partition(".")[0]
+        if name in NAMES and name not in args.scorers:
+            raise ValueError(
+                f"--set {setting}: {name} must be among --scorers, got {' '.join(args.scorers)}; name it, or leave it out"
+            )
     if args.json is not None:
         check_writable(args.json)
     if args.png is not None:
@@ -210,6 +219,11 @@ def _options(name: str, settings: list[str]) -> Any:
         if scorer != name:
             continue
         option = option.replace("-", "_")
+        if option in _SHARED:
+            raise ValueError(
+                f"--set {setting}: {option} must be the same for all scorers, got one of {name} alone; "
+                f"use {_SHARED[option]}"
+            )
         if option not in known:
             raise ValueError(
                 f"--set {setting}: options of {name} are {', '.join(known)}, got {option!r}"
@@ -226,6 +240,8 @@ def _value(setting: str, text: str, default: Any) -> Any:
             return truths[text.lower()]
         if isinstance(default, tuple):
             return tuple(type(default[0])(part) for part in text.split(","))
+        if hasattr(default, "load"):
+            return default.load(text)
         return int(text) if default is None else type(default)(text)
     except (ValueError, KeyError, TypeError) as error:
         kind = "int" if default is None else type(default).__name__

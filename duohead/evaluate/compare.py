@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from duohead.evaluate.methods import share_name
+from duohead.files import write_text
 from duohead.record import read_records
 
 if TYPE_CHECKING:
@@ -94,9 +95,14 @@ def run(
         progress: called with the name of each finished unit.
 
     Raises:
-        ValueError: options or lengths that the model or text cannot meet, or a pattern in `folder` made otherwise.
+        ValueError: options or lengths that the model or text cannot meet, or a pattern or scores in `folder` made
+            otherwise: with other options, of another model or text.
     """
     place = Path(folder)
+    for scorer in (
+        comparison.scorers
+    ):  # sink and recent may not suit one, which must not be found out halfway
+        comparison.options(scorer, 0)
     if workers == 1:
         for unit in comparison.units:
             name = _do(comparison, unit, place)
@@ -145,12 +151,37 @@ def _settle(threads: int) -> None:
 def _do(comparison: Comparison, unit: tuple[str, int], folder: Path) -> str:
     """Identify and evaluate one unit, unless its scores are there; returns its name."""
     done = _scores(comparison, unit, folder)
-    if not done.exists():
-        result = _evaluate(comparison, unit, done.parent)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        dtype = _loaded(comparison).model.dtype
-        result.write(done, model=comparison.model, dtype=dtype)
+    note, wanted = done.with_suffix(".json"), _origin(comparison, unit)
+    if done.exists():
+        # Names of scorers, models and files do not tell what was in them.
+        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        _refuse_other(known, wanted, f"scores {done}")
+        return _name(unit)
+    result = _evaluate(comparison, unit, done.parent)
+    write_text(note, json.dumps(wanted) + "\n")
+    result.write(done, model=comparison.model, dtype=_loaded(comparison).model.dtype)
     return _name(unit)
+
+
+def _origin(comparison: Comparison, unit: tuple[str, int]) -> dict[str, Any]:
+    """What decides the scores of a unit besides what names their file, as JSON values."""
+    from duohead.evaluate.needle import text_digest
+    from duohead.identify.checkpoint import fingerprint
+    from duohead.identify.scorers import origin
+
+    model, _, texts, ids = _loaded(comparison)
+    made = {"model_digest": fingerprint(model), "haystack_digest": text_digest(ids)}
+    if unit[0] != FULL:
+        made |= origin(unit[0], model, texts, comparison.options(*unit))
+    return dict(json.loads(json.dumps(made)))
+
+
+def _refuse_other(known: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    different = [name for name, value in wanted.items() if known.get(name) != value]
+    if different:
+        raise ValueError(
+            f"{what} were made with other {', '.join(different)}; compare in another folder"
+        )
 
 
 def _evaluate(comparison: Comparison, unit: tuple[str, int], folder: Path) -> NeedleResult:
@@ -192,11 +223,7 @@ def _identified(comparison: Comparison, unit: tuple[str, int], folder: Path) -> 
         return score(scorer, model, tokenizer, texts, out=folder, options=options, progress=False)
     pattern = HeadPattern.load(folder).validate(model)
     wanted = json.loads(json.dumps(origin(scorer, model, texts, options)))
-    different = [name for name, value in wanted.items() if pattern.training.get(name) != value]
-    if different:
-        raise ValueError(
-            f"{folder} holds a pattern with other {', '.join(different)}; compare in another folder"
-        )
+    _refuse_other(pattern.training, wanted, f"heads of {folder}")
     return pattern
 
 
@@ -210,9 +237,7 @@ def _records(comparison: Comparison, unit: tuple[str, int], folder: Path) -> lis
     numbers: dict[str, Any] = {}
     if scorer != FULL:
         made = HeadPattern.load(path.parent / "pattern").training
-        shape["options"] = json.dumps(
-            asdict(comparison.options(scorer, seed)), sort_keys=True, default=str
-        )
+        shape["options"] = json.dumps(made["options"], sort_keys=True)
         numbers = {f"identify_{name}": value for name, value in made["cost"].items()}
     return [
         {

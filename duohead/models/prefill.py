@@ -69,8 +69,7 @@ def prefill(
     check_positions(model, past + count)
     step = chunk or count
     logits = None
-    counted = cache.counted() if isinstance(cache, DuoCache) else nullcontext()
-    with torch.no_grad(), counted:
+    with torch.no_grad():
         start = 0
         while start < count:
             # A single token counts as decoding, so it is no piece of its own where pieces are longer.
@@ -82,13 +81,14 @@ def prefill(
                 if mask is None
                 else {"attention_mask": mask, "position_ids": _positions(mask, stop - start)}
             )
-            logits = (forward or model)(
-                input_ids=input_ids[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **extra,
-            ).logits
+            with cache.counted(past + start) if isinstance(cache, DuoCache) else nullcontext():
+                logits = (forward or model)(
+                    input_ids=input_ids[:, start:stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **extra,
+                ).logits
             if progress is not None:
                 progress(stop - start)
             start = stop

@@ -21,16 +21,21 @@ def main() -> int:
     parser.add_argument("--json", required=True, metavar="FILE", help="records are appended here")
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 (default: float32)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens (4096)")
+    parser.add_argument("--samples", type=int, metavar="N", help="for each task and depth (10)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--small", action="store_true", help="a rehearsal that means nothing")
     args = parser.parse_args()
+    chosen = {"lengths": args.lengths and tuple(args.lengths), "samples": args.samples}
+    given = {name: value for name, value in chosen.items() if value}
     lab = Lab.open(
         args.model,
         out=Path(args.json),
         held_out=args.held_out,
         device=args.device,
         dtype=args.dtype,
-        effort=SMALL if args.small else Effort(),
-        seeds=(0,) if args.small else (0, 1, 2),
+        effort=SMALL if args.small else Effort(**given),
+        seeds=(0,) if args.small else tuple(args.seeds),
     )
     names = list(QUESTIONS) if "all" in args.questions else args.questions
     for name in names:

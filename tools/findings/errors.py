@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from duohead.policy import HeadPolicy
     from tools.findings.lab import Lab
 
-RATIOS = (0.25, 0.125)
+RATIOS = (0.125, 0.25)
 TASKS = ("passkeys", "number", "keyvalue", "needle")
 
 

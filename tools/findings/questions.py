@@ -1,4 +1,4 @@
-"""The questions, one function each: it varies one thing, and notes what full accuracy becomes of it.
+"""The questions, one function each: it varies one thing, and notes what becomes of the accuracy.
 
 Each takes a `Lab` and writes its records there. `QUESTIONS` maps the names of the command line to them.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from duohead.identify.scorers import score
-
 from duohead import HeadPattern, pocket
+from duohead.identify.scorers import score
 from tools.findings.errors import errors
 from tools.findings.lab import RATIOS, RECENT, RETRIEVAL, SINK, Lab, overlap, rank_correlation
+from tools.findings.steps import steps
 from tools.findings.tuning import tuned
 
 WINDOWS = ((4, 16), (16, 64), (64, 256), (128, 1024))
@@ -159,4 +159,5 @@ QUESTIONS: dict[str, Callable[[Lab], None]] = {
     "tuning": tuning,
     "errors": errors,
     "lengths": lengths,
+    "steps": steps,
 }

@@ -54,8 +54,8 @@ def measure(
     products are nothing like the others'. Of a group of query heads the largest counts.
     """
     window = options.sink + options.recent
-    # Distances up to half of a passage have as many pairs as that half has tokens.
-    length = context_length(model, options.context, default=DEFAULT_CONTEXT, window=2 * window)
+    # Distances up to half of a passage have as many pairs as that half has tokens; half must be more than the window.
+    length = context_length(model, options.context, default=DEFAULT_CONTEXT, window=2 * window + 1)
     start, generator = first_token(tokenizer), torch.Generator().manual_seed(options.seed)
     passages = excerpts(
         tokenizer, text, length=length - len(start), count=options.samples, generator=generator
