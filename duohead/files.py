@@ -7,6 +7,7 @@ insists on writing by itself, and `write_folder` for files that belong together.
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,8 +32,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Name a temporary file to write; leaving the block renames it to `path`, an exception removes it.
 
-    The temporary name keeps the suffix of `path`, since some writers choose their format by it.
+    The temporary name keeps the suffix of `path`, since some writers choose their format by it. What is no file but a
+    device or a pipe (`/dev/stdout`) gets the content written into it, since a rename would put a file in its place.
     """
+    if _is_stream(path):
+        with _copied_into(path) as temporary:
+            yield temporary
+        return
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
@@ -46,6 +52,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         _sync(target.parent)
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+@contextmanager
+def _copied_into(path: str | os.PathLike[str]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="duohead.") as folder:
+        temporary = Path(folder) / (Path(path).name or "content")
+        yield temporary
+        with open(path, "wb", buffering=0) as stream, temporary.open("rb") as content:
+            shutil.copyfileobj(content, stream)
 
 
 def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
@@ -141,6 +164,8 @@ def check_writable(path: str | os.PathLike[str], *, suffix: str | None = None) -
     target = Path(path)
     if suffix is not None and target.suffix.lower() != suffix:
         raise ValueError(f"output {str(path)!r} must end in {suffix}")
+    if _is_stream(path):
+        return
     if target.is_dir():
         raise ValueError(f"output {str(path)!r} is a folder; name a file in it")
     folder = next(parent for parent in target.absolute().parents if parent.exists())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_evaluation as tiny
 from pages import Page
-from tiny_records import answer
+from tiny_records import answer, line
 
 from duohead.cli import main
 from duohead.evaluate.collect import collect
@@ -78,6 +78,9 @@ def test_a_damaged_line_is_named_with_its_file_and_number(tmp_path, capsys) -> N
     (tmp_path / "a.jsonl").write_text(answer("full", 1, 0.1, 5) + '{"speed": 3}\n')
     message = refused(capsys, str(tmp_path), "--out", str(tmp_path / "r.html"))
     assert "a.jsonl, record 2: expected a record with its operation in 'op'" in message
+    (tmp_path / "a.jsonl").write_text(line("evaluate", hardware="H100"))
+    message = refused(capsys, str(tmp_path), "--out", str(tmp_path / "r.html"))
+    assert "a.jsonl, record 1: expected names and values in 'hardware', got 'H100'" in message
 
 
 @pytest.mark.parametrize(

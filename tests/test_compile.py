@@ -19,6 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig
 
 from duohead import DuoCache, duo
+from duohead.models.prefill import prefill
 
 PREFIX = LENGTH - 6
 
@@ -142,6 +143,16 @@ def test_generate_compiles_its_own_steps(padded: bool, chunk: int | None, count:
         )
     assert found.tolist() == expected_greedy(model, policy, tokens, 6, mask).tolist()
     assert len(graphs) == count  # decode, and a chunk of prefill
+
+
+@pytest.mark.parametrize("limit", [1, 8], ids=["some chunks compiled", "as many as come"])
+def test_a_compiled_model_reads_a_prompt_in_chunks_into_a_growing_cache(limit: int) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    policy = policy_for(model, "alternating")
+    compiled = torch.compile(model, backend="eager")
+    with duo(model, policy) as bound, torch._dynamo.config.patch(recompile_limit=limit):
+        found = prefill(compiled, ids(), DuoCache(bound, model), chunk=7)
+    assert_close(found, expected_logits(model, policy, ids())[:, -1])
 
 
 @pytest.mark.slow

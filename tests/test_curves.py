@@ -38,6 +38,8 @@ def test_curves_stay_inside_the_frame_and_apart_in_style() -> None:
 def test_an_axis_without_zero_shows_small_differences() -> None:
     ticks = Axis("perplexity", zero=False).ticks([12.0, 12.3])
     assert min(ticks) <= 12.0 < 12.3 <= max(ticks)
+    ticks = Axis("mcc", zero=False).ticks([-0.2, -0.2])
+    assert min(ticks) <= -0.2 < max(ticks)
     assert max(ticks) - min(ticks) < 0.5
     assert Axis("y", zero=False).ticks([3.0])  # one value has no differences
 

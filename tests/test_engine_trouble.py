@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import expected_greedy, ids, left_padded, policy_for, refused, tiny
@@ -34,6 +35,22 @@ def test_an_interrupted_prefill_leaves_an_empty_engine(llama: Any) -> None:
         engine.prefill(ids(1), chunk=8, progress=interrupt)
     assert engine.length == 0
     assert int(engine.cache.get_seq_length()) == 0
+
+
+def test_an_error_inside_a_forward_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first layer has no KV heads, but a state that has seen the new tokens by then.
+    model = tiny("lfm2")
+    with duo(model, policy_for(model, "random")):
+        engine = Engine(model, max_length=64)
+        engine.prefill(ids(1)[:, :20])
+        with monkeypatch.context() as patch:
+
+            def refuse(*_: Any, **__: Any) -> None:
+                raise ValueError("cannot do this here")
+
+            patch.setattr("duohead.attention.prefill", refuse)
+            refused("cannot do this here", engine.prefill, ids(1)[:, 20:25])
+        assert engine.length == 0
 
 
 def test_an_engine_that_is_dropped_gives_its_cache_back_at_once(llama: Any) -> None:
@@ -213,6 +230,13 @@ def test_an_engine_of_wrong_types_is_refused(
     refused(message, Engine, llama, **{"max_length": 64, **fields})
 
 
+def test_numbers_of_numpy_are_numbers(llama: Any) -> None:
+    engine = Engine(llama, batch=np.int64(1), max_length=np.int64(64))
+    found = generate(llama, ids(1), max_new_tokens=np.int64(4), engine=engine)
+    assert found.new_tokens == 4
+    assert Sampler(temperature=np.float32(0.5)).processors()[0].temperature == 0.5
+
+
 TEXT = "input_ids must be a tensor of token ids .*, got str; use tokenizer"
 WRONG_INPUTS = [
     ({"input_ids": "a text"}, TEXT),
@@ -245,6 +269,7 @@ def test_prompts_of_wrong_types_are_refused_by_all_three_doors(
     [
         ({"max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
         ({"max_length": "40"}, "max_length must be an integer, got '40'"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0; leave it out"),
         ({"engine": None}, "engine must be an Engine or one of .*, got None"),
     ],
 )

@@ -74,7 +74,7 @@ def test_the_paper_s_grid_is_asked_for_by_name(folder, monkeypatch):
 def test_prose_writes_table_records_and_picture(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "prose.jsonl", tmp_path / "prose.png"
-    asked = {"lengths": "100 200", "samples": 2, "bins": 4, "json": path, "png": picture}
+    asked = {"lengths": "100 200 200", "samples": 2, "bins": 4, "json": path, "png": picture}
     assert main(command(folder, "prose", **asked)) == 0
     result = ProseResult.read(path)
     assert result.row("duo_50", 200).kl_nats > 0

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,22 @@ def test_a_folder_in_the_way_is_found_before_anything_changes(tmp_path: Path) ->
     with pytest.raises(IsADirectoryError, match="a file of that name goes there"):
         files.write_folder(tmp_path / "out", {"a": b"3", "b": b"4"})
     assert tree(tmp_path) == {"out/a": b"1"}
+
+
+def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        files.check_writable(pipe)
+        files.write_text(pipe, "all of it")
+        assert read.result(timeout=20) == "all of it"
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+def test_a_device_is_written_to_and_never_replaced() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text("/dev/full", "text")
+    assert Path("/dev/full").is_char_device()

@@ -199,6 +199,46 @@ def test_the_metrics_of_a_record_are_no_costs(numbers, metrics) -> None:
     assert metrics_of(numbers) == metrics
 
 
+def test_windows_of_one_method_are_not_averaged(tmp_path) -> None:
+    lines = [
+        answer("full", 1.0, 1.0, 1000),
+        answer("duo_50", 0.5, 1.0, 600, sink=16, recent=64, prefill_recent=64),
+        answer("duo_50", 0.5, 0.0, 500, sink=4, recent=16, prefill_recent=16),
+        answer("random_50_0", 0.5, 0.5, 600, sink=16, recent=64, prefill_recent=128),
+        answer("random_50_0", 0.5, 0.25, 600, sink=16, recent=64, prefill_recent=64),
+        answer("echo_50", 0.5, 0.5, 600, sink=16, recent=64),
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    entries = collect([tmp_path]).entries
+    assert {mean.method: (mean.value, mean.kv_bytes) for mean in means(scored(entries))} == {
+        "full": (1.0, 1000),
+        "duo@16+64": (1.0, 600),
+        "duo@4+16": (0.0, 500),
+        "random@16+64 (128 in prompts)": (0.5, 600),
+        "random@16+64": (0.25, 600),
+        "echo": (0.5, 600),
+    }
+
+
+def test_prose_of_several_resolutions_or_windows_is_not_averaged(tmp_path) -> None:
+    shape = {"model": "m", "task": "prose", "length": 4096, "retrieval_ratio": 0.5}
+    lines = [
+        line(
+            "evaluate.prose",
+            "duo_50",
+            shape={**shape, "sink": sink, "recent": 64, "windows": windows},
+            numbers={"kv_bytes": 5, "kl_nats_by_position": parts},
+        )
+        for sink, windows, parts in ((4, 1, [0.25, 0.5]), (8, 1, [0.125, 1]), (4, 2, [1, 2, 3, 4]))
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    page = Page(render(collect([tmp_path])))
+    found = [a["aria-label"] for a in page.charts if "First part" in (a["aria-label"] or "")]
+    assert len(found) == 2
+    assert "4+64, 50\xa0% 0.25 to 0.5; identified heads 8+64, 50\xa0% 0.125 to 1." in found[0]
+    assert "4+64, 50\xa0% 1 to 4." in found[1]
+
+
 def test_prose_is_drawn_by_position_and_windows_are_told_apart(tmp_path) -> None:
     rows = [("full", 1.0, 0.0), ("duo_50", 0.5, 0.25), ("duo@16+64_50", 0.5, 0.5)]
     lines = [
@@ -234,6 +274,16 @@ def test_a_matrix_is_the_mean_over_seeds_and_tasks(page) -> None:
 def strip(html: str) -> str:
     part = html[html.index("gates over time</h3>") :]
     return part[: part.index("</figure>")]
+
+
+def test_an_experiment_hides_no_number(tmp_path) -> None:
+    scores = {
+        f"old {ratio}": {f"task{i}": 100.5 + ratio + i for i in range(12)} for ratio in (1, 50)
+    }
+    (tmp_path / "a.jsonl").write_text(line("findings.tuning", numbers={"accuracy": scores}))
+    text = Page(render(collect([tmp_path]))).text
+    assert all(f"{value:.4g}" in text for own in scores.values() for value in own.values())
+    assert "more numbers" not in text
 
 
 def test_gates_over_time_have_a_row_per_gated_head_of_the_pattern(html) -> None:

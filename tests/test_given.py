@@ -56,6 +56,10 @@ def test_one_value_that_a_flag_suits_is_enough() -> None:
             "--retrieval-ratio: of no use here, only with --methods duo",
         ),
         (
+            "model --measure prefill share --methods full transformers",
+            "--measure share is about streaming heads, which --methods full transformers has none of",
+        ),
+        (
             "kernels --preset shapes --heads 8 --recent 4",
             "--heads, --recent: a --preset has its own",
         ),

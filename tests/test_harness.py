@@ -287,6 +287,7 @@ def test_methods_stand_side_by_side_with_bytes_versions_and_windows(
     assert last["shape"]["task_version"] == "1.0"
     assert last["shape"]["retrieval_ratio"] == 0.5
     assert (last["shape"]["sink"], last["shape"]["recent"]) == (SINK, RECENT)
+    assert last["shape"]["prefill_recent"] == RECENT
     assert last["shape"]["limit"] == 4
     assert last["policy"] == text.policy is not None
     assert last["versions"]["lm_eval"]

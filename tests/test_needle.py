@@ -41,6 +41,9 @@ POLICIES = {
     "full": None,
     "duo": HeadPolicy.from_heads(retrieval=[[0], [], [1]], num_kv_heads=2, sink=4, recent=16),
     "streaming": HeadPolicy.from_heads(retrieval=[[], [], []], num_kv_heads=2, sink=2, recent=8),
+    "prompts": HeadPolicy.from_heads(
+        retrieval=[[0], [], [1]], num_kv_heads=2, sink=4, recent=4, prefill_recent=64
+    ),
 }
 
 

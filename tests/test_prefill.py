@@ -60,20 +60,24 @@ def test_the_host_counts_the_tokens_while_a_prompt_is_read_and_no_longer(
         cache = DuoCache(bound, model, max_length=max_length)
         counted: list[set[int | None]] = []
 
-        def look(_: int) -> None:
+        def look(*_: object) -> None:
             counted.append({layer.counted for layer in cache.duo_layers})
 
-        prefill(model, ids(length=20), cache, chunk=7, progress=look)
-        prefill(model, ids(length=9), cache, progress=look)
+        hook = model.register_forward_hook(look)
+        prefill(model, ids(length=20), cache, chunk=7)
+        prefill(model, ids(length=9), cache)
+        hook.remove()
         assert counted == [{7}, {14}, {20}, {29}]
         assert {layer.counted for layer in cache.duo_layers} == {None}
         cache.reset()
 
-        def interrupt(_: int) -> None:
+        def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
+        hook = model.model.layers[1].register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prefill(model, ids(), cache, chunk=7, progress=interrupt)
+            prefill(model, ids(), cache, chunk=7)
+        hook.remove()
         assert {layer.counted for layer in cache.duo_layers} == {None}
 
 

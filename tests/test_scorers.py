@@ -116,6 +116,16 @@ def test_a_seed_decides_everything(name: str) -> None:
     assert one.training["scores"] != other.training["scores"]
 
 
+def test_half_a_passage_of_mean_qk_must_be_longer_than_the_window() -> None:
+    model = tiny("llama", max_position_embeddings=128)
+    shortest = options("mean-qk", SMALL, context=14)
+    with pytest.raises(ValueError, match="context must be above 13"):
+        score("mean-qk", model, Letters(), TEXT, options=replace(shortest, context=13))
+    pattern = score("mean-qk", model, Letters(), TEXT, options=shortest, progress=False)
+    found = np.array(pattern.training["scores"], dtype=float)
+    assert (found < 0.9).all()
+
+
 @pytest.mark.parametrize("name", ["optimise", *OBSERVING])
 def test_the_model_is_left_as_it_was_found(name: str) -> None:
     model = planted().train()
@@ -168,7 +178,11 @@ def test_an_interrupted_training_goes_on_and_so_does_its_bill(
         patch.setattr(train, "distillation", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("optimise", planted(), out=out, options=options("optimise", steps=20))
-    assert Cost.read(out).backward_passes == 10
+    bill = Cost.read(out)
+    assert bill.backward_passes == 10
+    with pytest.raises(ValueError, match="a run with different options"):
+        run("optimise", planted(), out=out, options=options("optimise", steps=21))
+    assert Cost.read(out) == bill
     pattern = run("optimise", planted(), out=out, options=options("optimise", steps=20))
     assert pattern.alpha.tobytes() == expected.alpha.tobytes()
     assert pattern.training["cost"]["backward_passes"] == 10 + 12  # steps 8 and 9 twice

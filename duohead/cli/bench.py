@@ -204,6 +204,11 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         suits = ("prefill", "share")
         refuse_unless(args, flag, chosen=args.measure, suits=suits, by="--measure")
     refuse_unless(args, "--retrieval-ratio", chosen=args.methods, suits=("duo",), by="--methods")
+    if "share" in args.measure and "duo" not in args.methods:
+        raise ValueError(
+            f"--measure share is about streaming heads, which --methods {' '.join(args.methods)} has none of; "
+            f"add duo to --methods"
+        )
     return list(dict.fromkeys(_asked_jobs(args)))
 
 

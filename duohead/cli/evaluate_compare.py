@@ -194,7 +194,8 @@ def _check(args: argparse.Namespace) -> None:
         name = setting.partition(".")[0]
         if name in NAMES and name not in args.scorers:
             raise ValueError(
-                f"--set {setting}: {name} must be among --scorers, got {' '.join(args.scorers)}; name it, or leave it out"
+                f"--set {setting}: {name} must be among --scorers, got {' '.join(args.scorers)}; "
+                "name it there, or leave this out"
             )
     if args.json is not None:
         check_writable(args.json)
@@ -234,14 +235,14 @@ def _options(name: str, settings: list[str]) -> Any:
 
 def _value(setting: str, text: str, default: Any) -> Any:
     """``text`` as what the option's default is."""
+    if hasattr(default, "load"):
+        return default.load(text)
     truths = {"true": True, "false": False}
     try:
         if isinstance(default, bool):
             return truths[text.lower()]
         if isinstance(default, tuple):
             return tuple(type(default[0])(part) for part in text.split(","))
-        if hasattr(default, "load"):
-            return default.load(text)
         return int(text) if default is None else type(default)(text)
     except (ValueError, KeyError, TypeError) as error:
         kind = "int" if default is None else type(default).__name__

@@ -239,7 +239,7 @@ def _evaluate(
     from duohead.evaluate.progress import bar
 
     depths = [0.5] if args.depths == 1 else [i / (args.depths - 1) for i in range(args.depths)]
-    lengths = args.lengths
+    lengths = list(dict.fromkeys(args.lengths))
     if args.grid == "paper":
         lengths, depths = paper_grid(max(args.lengths))
     total = len(methods) * len(tasks) * len(lengths) * len(depths) * args.samples

@@ -58,6 +58,7 @@ def add_arguments(kinds: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write what was asked for."""
     _check(args)
+    lengths = list(dict.fromkeys(args.lengths))
     from duohead.evaluate.needle import check_positions
     from duohead.evaluate.progress import bar
     from duohead.evaluate.prose import evaluate_prose
@@ -72,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
     pattern.validate(model)
     check_positions(model, max(args.lengths))
     text_ids = haystack.tokens(texts, tokenizer, at_least=max(args.lengths))
-    with bar("prose", len(methods) * len(args.lengths) * args.samples, shown=True) as advance:
+    with bar("prose", len(methods) * len(lengths) * args.samples, shown=True) as advance:
         result = evaluate_prose(
             model,
             tokenizer,
             text_ids,
             policies={name: method.policy for name, method in methods.items()},
-            lengths=args.lengths,
+            lengths=lengths,
             windows=args.samples,
             bins=args.bins,
             chunk=args.chunk,
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         from duohead.evaluate.tables import label
 
         draw_prose(result, {name: label(method) for name, method in methods.items()}, args.png)
-    for length in args.lengths:
+    for length in lengths:
         print(f"{name}, {length:,} tokens of context, {args.samples} windows")
         print(text_table(PROSE_HEAD, prose_rows(methods, result, length)))
         print()

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         required=True,
         metavar="FOLDER",
-        help="pattern that `duohead identify` wrote, or a hub id",
+        help="pattern that `duohead identify` wrote, a hub id, or a bundled model",
     )
     selector = parser.add_mutually_exclusive_group()
     selector.add_argument(
@@ -145,13 +145,13 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
     from transformers import TextStreamer
 
+    from duohead.cli.common import load_pattern
     from duohead.models import duo
     from duohead.models.generate import check_positions, generate
-    from duohead.pattern import HeadPattern
     from duohead.pocket.loading import load_model
     from duohead.shapes import layer_shapes
 
-    pattern = HeadPattern.load(args.policy)
+    pattern = load_pattern(args.policy)
     policy = pattern.policy(**_selection(args))
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     pattern.validate(model)

@@ -184,7 +184,7 @@ def _fill(parser: argparse.ArgumentParser, name: str) -> None:
             nargs="+",
             default=[],
             choices=("wandb", "tensorboard"),
-            help="log there, too, besides FOLDER",
+            help="log there, too, besides FOLDER (torchrun takes this for its own unless given -m -- duohead)",
         )
     group = parser.add_argument_group(f"{name}: {scorer.summary} ({scorer.source})")
     for field in fields(scorer.options):

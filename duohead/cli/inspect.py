@@ -50,7 +50,10 @@ COLOURS = (17, 18, 19, 24, 30, 36, 71, 107, 143, 185, 227)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb (listed in FLAGS)."""
     parser.add_argument(
-        "folder", nargs="?", metavar="FOLDER", help="folder of a pattern, or its hub id"
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help="folder of a pattern, its hub id, or a bundled model",
     )
     selector = parser.add_mutually_exclusive_group()
     selector.add_argument(
@@ -132,14 +135,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "FOLDER is needed, a pattern's folder or hub id; only --capacity goes without (see --help)"
         )
-    from duohead.pattern import HeadPattern
+    from duohead.cli.common import load_pattern
 
     for name in ("tokens", "head_dim"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
     if args.png is not None:
         _check_png(args.png)
-    pattern = HeadPattern.load(args.folder)
+    pattern = load_pattern(args.folder)
     policy = _selected(pattern, args)
     costs = [(ratio, _policy(pattern, args, {"retrieval_ratio": ratio})) for ratio in RATIOS]
     print(_title(pattern))
@@ -159,7 +162,7 @@ def _capacity(args: argparse.Namespace) -> int:
     """Print the tokens that fit, for the selected heads or for a few ratios."""
     from duohead.bench.fitting import device_memory, estimate, gib
     from duohead.bench.models import any_config
-    from duohead.pattern import HeadPattern
+    from duohead.cli.common import load_pattern
     from duohead.pocket.loading import device_of
 
     refuse(
@@ -173,7 +176,7 @@ def _capacity(args: argparse.Namespace) -> int:
         raise ValueError(f"--memory must lie between 0 and {MOST_GIB} GiB, got {args.memory}")
     if args.chunk < 1:
         raise ValueError(f"--chunk must be >= 1, got {args.chunk}")
-    pattern = None if args.folder is None else HeadPattern.load(args.folder)
+    pattern = None if args.folder is None else load_pattern(args.folder)
     name = args.model or (pattern.base_model if pattern else None)
     if name is None:
         raise ValueError("--capacity needs --model, whose weights share the card with the cache")

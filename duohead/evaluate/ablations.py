@@ -23,7 +23,7 @@ EXPERIMENT = "findings."
 # Averaged over, and never an axis.
 _REPEATS = ("seed", "draw")
 _RATIOS = ("ratio", "retrieval_ratio")
-_MATRICES, _NUMBERS, _ROWS = 4, 12, 400
+_MATRICES, _NUMBERS, _ROWS = 4, 64, 400
 
 
 def sections(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:

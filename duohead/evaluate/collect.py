@@ -168,6 +168,12 @@ def _entry(line: Mapping[str, Any], path: Path, number: int) -> Entry:
             f"{path}, record {number}: expected a record with its operation in 'op', got the keys "
             f"{', '.join(list(line)[:6])}; name the files to draw one by one to leave it out"
         )
+    for name in ("hardware", "versions"):
+        if not isinstance(line.get(name) or {}, Mapping):
+            raise ValueError(
+                f"{path}, record {number}: expected names and values in {name!r}, got {line[name]!r}; move the file "
+                "away or repair it"
+            )
     numbers = line.get("numbers")
     shape = line.get("shape") or {}
     if not isinstance(numbers, Mapping) or not isinstance(shape, Mapping):

@@ -90,7 +90,8 @@ def run(
 
     Args:
         comparison: what to do.
-        folder: patterns and scores of the units; the same folder again continues, with other settings beside the old.
+        folder: patterns and scores of the units; the same folder again continues, and scores on other samples or at
+            other ratios go beside the old.
         workers: processes that share the units, on one device.
         progress: called with the name of each finished unit.
 

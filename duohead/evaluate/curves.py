@@ -68,6 +68,8 @@ class Axis:
                 marks = marks[::2]
             return {self.place(value): self.name(value) for value in marks}
         low, high = min(values), max(values)
+        if not self.zero and low == high < 0:
+            high = 0.0
         if not self.zero and high > low:
             step = nice_ticks(high - low)[1]
             first = math.floor(low / step) * step

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from duohead.evaluate.needle import policy_facts
 from duohead.evaluate.scoring import using
 from duohead.files import write_text
 from duohead.record import record
@@ -89,8 +90,9 @@ class HarnessRow:
     `scores` are lm-eval's metrics by name (a filter's name after a comma), standard errors among them; `kv_bytes` is
     the mean of allocated bytes per sequence, padding of its batch included, `kv_bytes_largest` the largest cache of a
     batch. Times are means over batches: `tpot_ms` of a decode step, None where nothing was generated, `ttft_ms` of
-    prefill and one such step. `part_of` is the largest group in whose score the task's own is contained.
-    `retrieval_ratio` counts gated heads; windows are None for full attention.
+    prefill and one such step; a method's first batch compiles kernels, too, so compare times of many. `part_of` is the
+    largest group in whose score the task's own is contained. `retrieval_ratio` counts gated heads; windows are None for
+    full attention.
     """
 
     task: str
@@ -228,11 +230,7 @@ def _rows(
                 task=task,
                 task_version=str(results["versions"].get(task)),
                 method=method,
-                policy=None if policy is None else policy.digest(),
-                retrieval_ratio=1.0 if policy is None else policy.retrieval_ratio,
-                sink=None if policy is None else policy.sink,
-                recent=None if policy is None else policy.recent,
-                prefill_recent=None if policy is None else policy.prefill_recent,
+                **policy_facts(policy),
                 num_fewshot=results["n-shot"].get(task),
                 samples=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
                 part_of=_part_of(task, results["results"], members),

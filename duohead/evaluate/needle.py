@@ -22,6 +22,7 @@ from duohead.evaluate.scoring import (
     attention_of,
     cache_bytes,
     new_cache,
+    prompts_differ,
     score_sample,
     score_samples,
     using,
@@ -268,8 +269,10 @@ class _Run:
         """The score of each sample, and the cache bytes of one."""
         scores: list[Score] = []
         taken = 0
-        for start in range(0, len(samples), self.batch):
-            part = samples[start : start + self.batch]
+        # Answers that are fed token by token lie in places of their own.
+        batch = 1 if prompts_differ(policy) else self.batch
+        for start in range(0, len(samples), batch):
+            part = samples[start : start + batch]
             cache = new_cache(self.model, policy)
             scores += score_samples(self.model, part, cache=cache, chunk=self.chunk)
             taken = cache_bytes(cache) // len(part)

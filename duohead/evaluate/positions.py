@@ -13,23 +13,26 @@ from duohead.evaluate.collect import Entry
 from duohead.evaluate.curves import Axis, Curve, curve_chart, legend, styles_of, unstyled
 from duohead.evaluate.footprint import STYLES, method_name
 from duohead.evaluate.page import card, details_table, section
-from duohead.evaluate.scores import method_of
+from duohead.evaluate.scores import method_of, several_windows
 from duohead.evaluate.svg import short_count
 
 SUFFIX = "_by_position"
 Parts = Sequence[float]
-# Evaluation, model, task, tokens of context, metric.
-Chart = tuple[str, str, str, int, str]
+# Evaluation, model, task, tokens of context, metric, parts of the context.
+Chart = tuple[str, str, str, int, str, int]
 
 
 def sections(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     """(name, title, HTML) of the section, if some record has a metric by position."""
     charts: dict[Chart, dict[str, list[Parts]]] = defaultdict(lambda: defaultdict(list))
+    apart = several_windows(entries)
     for entry in entries:
-        method = method_name(*method_of(entry))
+        method = method_name(*method_of(entry, apart))
         for name, parts in entry.numbers.items():
             if name.endswith(SUFFIX) and isinstance(parts, list) and parts:
-                charts[_chart(entry, name)][method].append([float(part) for part in parts])
+                charts[_chart(entry, name, len(parts))][method].append(
+                    [float(part) for part in parts]
+                )
     if not charts:
         return []
     styles = styles_of(
@@ -41,21 +44,21 @@ def sections(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     return [("position", "By position", section("position", "By position", text, cards))]
 
 
-def _chart(entry: Entry, name: str) -> Chart:
+def _chart(entry: Entry, name: str, parts: int) -> Chart:
     shape = entry.shape
     task, length = str(shape.get("task", "")), int(shape.get("length", 0))
-    return entry.op, str(shape.get("model", "")), task, length, name.removesuffix(SUFFIX)
+    return entry.op, str(shape.get("model", "")), task, length, name.removesuffix(SUFFIX), parts
 
 
 def _card(chart: Chart, methods: Mapping[str, Sequence[Parts]], styles: Mapping[str, str]) -> str:
-    op, model, task, length, metric = chart
+    op, model, task, length, metric, count = chart
     means = {
-        method: [sum(values) / len(values) for values in zip(*runs, strict=False)]
+        method: [sum(values) / len(values) for values in zip(*runs, strict=True)]
         for method, runs in methods.items()
     }
-    places = {method: _places(len(parts), length) for method, parts in means.items()}
+    places = _places(count, length)
     curves = [
-        Curve(method, tuple(zip(places[method], parts, strict=True)), styles[method])
+        Curve(method, tuple(zip(places, parts, strict=True)), styles[method])
         for method, parts in means.items()
         if method in styles
     ]
@@ -71,16 +74,15 @@ def _card(chart: Chart, methods: Mapping[str, Sequence[Parts]], styles: Mapping[
         title=title,
         description=f"First part to last part: {ends}. All values are in the table that follows.",
     )
-    first = next(iter(means))
     head = ["tokens up to", *means]
     rows = [
         [
-            f"{length * (i + 1) // len(means[first]):,}",
-            *(f"{parts[i]:.4g}" if i < len(parts) else "" for parts in means.values()),
+            f"{length * (i + 1) // count:,}",
+            *(f"{parts[i]:.4g}" for parts in means.values()),
         ]
-        for i in range(len(means[first]))
+        for i in range(count)
     ]
-    caption = f"{op}, {short_count(length)} tokens.{unstyled(list(means), styles)}"
+    caption = f"{op}, {short_count(length)} tokens in {count} parts.{unstyled(list(means), styles)}"
     return card(title, caption, svg + legend(curves) + details_table(name, head, rows), level=3)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from duohead.evaluate.collect import Entry
@@ -80,16 +80,31 @@ class Mean:
 
 def scored(entries: Iterable[Entry]) -> list[Score]:
     """The scores among records; a record without a task, a metric or the bytes of a cache has none."""
-    return [score for entry in entries for score in scores_of(entry)]
+    found = list(entries)
+    apart = several_windows(found)
+    return [score for entry in found for score in scores_of(entry, apart)]
 
 
-def scores_of(entry: Entry) -> list[Score]:
+Ways = Collection[tuple[str, str, str]]
+"""Operation, model and method of records whose windows stand in the method's name."""
+
+
+def several_windows(entries: Iterable[Entry]) -> Ways:
+    """Methods that records have at more than one window: they cost different bytes, so no mean goes over them."""
+    windows: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for entry in entries:
+        if window := _window(entry):
+            windows[_way(entry)].add(window)
+    return {way for way, found in windows.items() if len(found) > 1}
+
+
+def scores_of(entry: Entry, apart: Ways = ()) -> list[Score]:
     """The scores that a record holds. A part of a group whose mean is a record of its own has none."""
     shape, numbers = entry.shape, entry.numbers
     taken = numbers.get("kv_bytes")
     if "task" not in shape or shape.get("part_of") or not isinstance(taken, int | float):
         return []
-    method, share = method_of(entry)
+    method, share = method_of(entry, apart)
     weight = numbers.get("answers") or shape.get("samples") or 1
     times = {
         name: float(value)
@@ -117,15 +132,31 @@ def scores_of(entry: Entry) -> list[Score]:
     ]
 
 
-def method_of(entry: Entry) -> tuple[str, float]:
-    """Whose choice of heads a record is about, without share and draw, and the share of retrieval heads."""
-    shape = entry.shape
-    named = str(shape.get("scorer") or entry.impl)
+def method_of(entry: Entry, apart: Ways = ()) -> tuple[str, float]:
+    """Whose choice of heads a record is about, without share and draw, and the share of retrieval heads.
+
+    Methods in `apart` have their window in the name, as `duohead evaluate --windows` writes it: "duo@16+64".
+    """
+    way = _way(entry)
+    method = f"{way[2]}@{_window(entry)}" if way in apart else way[2]
+    ratio = entry.shape.get("retrieval_ratio")
+    return method, 1.0 if ratio is None else round(float(ratio), 4)
+
+
+def _way(entry: Entry) -> tuple[str, str, str]:
+    named = str(entry.shape.get("scorer") or entry.impl)
     method = _SHARE.sub("", named) or named
     if entry.impl in ("full", "streaming"):
         method = entry.impl
-    ratio = shape.get("retrieval_ratio")
-    return method, 1.0 if ratio is None else round(float(ratio), 4)
+    return entry.op, str(entry.shape.get("model", "")), method
+
+
+def _window(entry: Entry) -> str:
+    """Sink and recent tokens of a record, "16+64", and those of prompts if they differ; empty if it has none."""
+    sink, recent, prompts = (entry.shape.get(n) for n in ("sink", "recent", "prefill_recent"))
+    if sink is None or recent is None:
+        return ""
+    return f"{sink}+{recent}" + ("" if prompts in (None, recent) else f" ({prompts} in prompts)")
 
 
 def metrics_of(numbers: Mapping[str, object]) -> list[str]:

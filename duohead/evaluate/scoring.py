@@ -1,8 +1,9 @@
 """One pass over question and answer, and what it says: exact match, first token, token accuracy, and cache bytes.
 
 Where the argmax is right on every answer token, greedy decoding would have written exactly that answer, and where it
-is wrong on one, something else; so one forward replaces a generation of any length. `score_samples(model, samples,
-cache=new_cache(model, policy))` scores several samples of one length together, under `using(model, policy)`.
+is wrong on one, something else; so one forward replaces a generation of any length. (Where prompts have a window of
+their own, answers are fed token by token.) `score_samples(model, samples, cache=new_cache(model, policy))` scores
+several samples of one length together, under `using(model, policy)`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def cache_bytes(cache: Cache) -> int:
     return sum(store.nbytes for store in stores)
 
 
+def prompts_differ(policy: HeadPolicy | None) -> bool:
+    """Whether a streaming head sees further in a prompt than while it generates, so that an answer is no prompt."""
+    return policy is not None and policy.window_tokens != policy.recent
+
+
 def score_sample(
     model: PreTrainedModel, sample: Sample, *, cache: Cache, chunk: int | None = None
 ) -> Score:
@@ -101,7 +107,8 @@ def score_samples(
         chunk: tokens per forward, to bound memory; all at once by default.
 
     Raises:
-        ValueError: samples of several lengths, or a model that ignores `logits_to_keep`.
+        ValueError: samples of several lengths, or with answers in several places where `prompts_differ`, or a model
+            that ignores `logits_to_keep`.
     """
     lengths = sorted({len(sample.input_ids) for sample in samples})
     if len(lengths) != 1:
@@ -111,7 +118,16 @@ def score_samples(
     ids = torch.stack([sample.input_ids for sample in samples])
     own = [answer_positions(sample) for sample in samples]
     places = torch.cat(own).unique()
-    made = _argmax(model, ids.to(model.device), places, cache, chunk).cpu()
+    generated: Sequence[tuple[int, int]] = ()
+    if prompts_differ(getattr(cache, "policy", None)):
+        generated = samples[0].answers
+        if any(sample.answers != generated for sample in samples):
+            raise ValueError(
+                "samples must have their answers in the same places where prefill_recent differs from recent; score "
+                "them one by one"
+            )
+    calls = _calls(ids.shape[1], chunk, generated)
+    made = _argmax(model, ids.to(model.device), places, cache, calls).cpu()
     hits = made == ids[:, places + 1]
     return [
         _score(row[torch.searchsorted(places, mine)].tolist(), [b - a for a, b in sample.answers])
@@ -124,11 +140,11 @@ def _argmax(
     ids: torch.Tensor,
     places: torch.Tensor,
     cache: Cache,
-    chunk: int | None,
+    calls: Iterator[tuple[int, int]],
 ) -> torch.Tensor:
     """Likeliest tokens after the ascending `places`: int64 [rows, places]."""
     found = []
-    for start, stop in pieces(ids.shape[1], chunk):
+    for start, stop in calls:
         inside = places[(places >= start) & (places < stop)]
         # Some logits must be kept; those of a piece without an answer are one row, unused.
         kept = inside - start if len(inside) else torch.tensor([stop - start - 1])
@@ -146,6 +162,20 @@ def _argmax(
         if len(inside):
             found.append(logits.argmax(-1))
     return torch.cat(found, 1)
+
+
+def _calls(
+    length: int, chunk: int | None, generated: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """[start, end) of the forwards: given tokens in pieces, those of `generated` answers one by one."""
+    start = 0
+    for first, last in (*generated, (length, length + 1)):
+        for begin, end in pieces(first - start, chunk):
+            yield start + begin, start + end
+        # Nobody feeds the last token of an answer before there is something to follow it.
+        for place in range(first, last - 1):
+            yield place, place + 1
+        start = last - 1
 
 
 def pieces(length: int, chunk: int | None) -> Iterator[tuple[int, int]]:

@@ -84,8 +84,13 @@ def measure(
 
 
 def _options(clock: _Clock) -> dict[str, Any]:
-    # One row is never padded, and unset it warns; no token is -1, so that no text ends early.
-    return {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1, "streamer": clock}
+    # One row is never padded, and unset it warns; no vocabulary is as large, so that no text ends early.
+    return {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": torch.iinfo(torch.int32).max,
+        "streamer": clock,
+    }
 
 
 def _duo(

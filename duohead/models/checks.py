@@ -7,6 +7,7 @@ returns or raises ValueError with the argument's name, the rule, what was given 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from duohead.models.steps import MAX_STOP_TOKENS
 
 def check_integer(name: str, value: Any) -> None:
     """Refuse what is no whole number; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {value!r}; pass an int")
 
 

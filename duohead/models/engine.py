@@ -35,7 +35,7 @@ from duohead.models.compiling import (
 )
 from duohead.models.interface import policy_of, unwrap
 from duohead.models.padding import settled
-from duohead.models.prefill import CHUNK, check_chunk, positions_of, prefill
+from duohead.models.prefill import CHUNK, check_prompt, positions_of, prefill
 from duohead.models.sampling import Sampler
 from duohead.models.steps import Steps
 from duohead.models.weights import fingerprint, single_device
@@ -91,7 +91,8 @@ class Engine:
         self.policy = policy
         self.model = getattr(model, "_orig_mod", model)
         self.device = single_device(target)
-        self.batch, self.max_length, self.padded = batch, max_length, flag("padded", padded)
+        self.batch, self.max_length = int(batch), int(max_length)
+        self.padded = flag("padded", padded)
         self.compiles = flag("compile", compile, auto=False)
         self._compiles_long = compile == "auto"
         self._compiled_long = False
@@ -100,8 +101,8 @@ class Engine:
             raise ValueError(
                 f"graphs=True needs CUDA, but the model is on {self.device}; use graphs='auto'"
             )
-        self.cache = DuoCache(policy, target, max_length=max_length)
-        self.cache.allocate(batch, dtype=target.dtype, device=self.device, padded=padded)
+        self.cache = DuoCache(policy, target, max_length=self.max_length)
+        self.cache.allocate(self.batch, dtype=target.dtype, device=self.device, padded=padded)
         self.length = 0
         self.prepare_seconds = 0.0
         self._target = target
@@ -174,7 +175,6 @@ class Engine:
         check_tokens(input_ids, self.device)
         rows, count = input_ids.shape
         check_mask(attention_mask, rows)
-        check_chunk(chunk)
         check_callable("progress", progress)
         if rows != self.batch:
             raise ValueError(
@@ -184,19 +184,24 @@ class Engine:
         self._check_weights()
         try:
             mask = self._mask(attention_mask, count)
-            logits = self._feed(
-                input_ids,
-                mask,
-                chunk,
-                progress,
-                compiled=self.compiles or self._is_long(count),
+            check_prompt(
+                self.model,
+                self.cache,
+                past=self.length,
+                count=count,
+                attention_mask=mask,
+                chunk=chunk,
             )
-        except BaseException as error:
-            held = {int(layer.length) for layer in self.cache.duo_layers}
-            refused = isinstance(error, ValueError) and held <= {self.length}
-            if not refused or self.length == 0:
-                # Layers may hold different numbers of tokens now, which no later call could tell.
-                self.reset()
+        except BaseException:
+            if self.length == 0:
+                self.reset()  # the padding may have been written
+            raise
+        compiled = self.compiles or self._is_long(count)
+        try:
+            logits = self._feed(input_ids, mask, chunk, progress, compiled=compiled)
+        except BaseException:
+            # Some layers hold more than others now, or a state of later tokens, which no later call could tell.
+            self.reset()
             raise
         self.length += count
         return logits

@@ -106,6 +106,8 @@ def generate(
     check_callable("progress", progress)
     if max_length is not None:
         check_integer("max_length", max_length)
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}; leave it out")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_positions(model, input_ids.shape[1] + max_new_tokens)

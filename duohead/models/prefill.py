@@ -54,19 +54,8 @@ def prefill(
     check_tokens(input_ids)
     check_mask(attention_mask, input_ids.shape[0])
     check_callable("progress", progress)
-    count = input_ids.shape[1]
-    if count == 0:
-        raise ValueError("input_ids must hold at least one token, got none")
-    check_chunk(chunk)
-    ours = getattr(cache, "duo_layers", None)
-    hybrid = ours is not None and len(ours) < len(cache.layers)
-    if chunk == 1 and hybrid and attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(
-            "chunk must be at least 2 tokens for left-padded rows of this model, got 1: "
-            "its layers without KV heads take a single padding token for text"
-        )
-    past = int(cache.get_seq_length())
-    check_positions(model, past + count)
+    count, past = input_ids.shape[1], int(cache.get_seq_length())
+    check_prompt(model, cache, past=past, count=count, attention_mask=attention_mask, chunk=chunk)
     step = chunk or count
     logits = None
     with torch.no_grad():
@@ -94,6 +83,29 @@ def prefill(
             start = stop
     assert logits is not None, "there is at least one chunk"
     return logits[:, -1]
+
+
+def check_prompt(
+    model: Any,
+    cache: DuoCache,
+    *,
+    past: int,
+    count: int,
+    attention_mask: Tensor | None,
+    chunk: int | None,
+) -> None:
+    """Raise ValueError for what `prefill` refuses of ``count`` new tokens after ``past``, before anything runs."""
+    if count == 0:
+        raise ValueError("input_ids must hold at least one token, got none")
+    check_chunk(chunk)
+    ours = getattr(cache, "duo_layers", None)
+    hybrid = ours is not None and len(ours) < len(cache.layers)
+    if chunk == 1 and hybrid and attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "chunk must be at least 2 tokens for left-padded rows of this model, got 1: "
+            "its layers without KV heads take a single padding token for text"
+        )
+    check_positions(model, past + count)
 
 
 def check_chunk(chunk: int | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -55,9 +56,7 @@ class Sampler:
         given = [name for name, value in filters.items() if value is not None]
         for name in ("temperature", *given):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(
-                value, int if name == "top_k" else int | float
-            ):
+            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")

@@ -193,6 +193,7 @@ class _Visit:
         self._folder, self._restart, self._trains = folder, restart, scorer.trains
         self._before = written_at(folder)
         self.cost = Cost() if restart else Cost.read(folder)
+        self._known = self.cost.forward_passes
         if scorer.trains:
             return
         # Refuses what is no folder and what holds a pattern.
@@ -203,9 +204,18 @@ class _Visit:
             )
 
     def note(self) -> None:
-        """Write what it cost so far, if there is a checkpoint of this run that a later sitting can continue."""
+        """Write what it cost so far, if there is a checkpoint of this run that a later sitting can continue.
+
+        A sitting that did nothing, such as one that is refused for its options, costs the run in the folder nothing.
+        """
         now = written_at(self._folder)
-        if self._trains and now is not None and not (self._restart and now == self._before):
+        idle = self.cost.forward_passes == self._known
+        if (
+            self._trains
+            and now is not None
+            and not idle
+            and not (self._restart and now == self._before)
+        ):
             self.cost.write(self._folder)
 
     def save(self, pattern: HeadPattern) -> None:

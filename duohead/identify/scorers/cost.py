@@ -24,7 +24,7 @@ COST = "identify-cost.json"
 
 @dataclass
 class Cost:
-    """Of one identification, all its sittings together.
+    """Of one identification, all its sittings together but those that were killed without a chance to write it down.
 
     ``forward_tokens`` are those that entered the model, of every row of a batch, and ``backward_tokens`` those whose
     gradients were taken; activations recomputed for a backward pass are not counted again. ``peak_bytes`` is the most
