@@ -219,6 +219,8 @@ def test_inspect_says_what_fits_for_a_shape(capsys) -> None:
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
         "100.0%", "50.0%", "25.0%",
     ]  # fmt: skip
+    assert main([*command.split(), *stored, "--retrieval-ratio", "0"]) == 0
+    assert "0.0%       any number" in capsys.readouterr().out
 
 
 def test_inspect_says_what_fits_for_a_pattern(tmp_path: Path, capsys) -> None:

@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _capacity(args: argparse.Namespace) -> int:
     """Print the tokens that fit, for the selected heads or for a few ratios."""
-    from duohead.bench.fitting import device_memory, estimate, gib
+    from duohead.bench.fitting import MOST_TOKENS, device_memory, estimate, gib
     from duohead.bench.models import any_config
     from duohead.cli.common import load_pattern
     from duohead.pocket.loading import device_of
@@ -197,7 +197,8 @@ def _capacity(args: argparse.Namespace) -> int:
     )
     print(f"{'ratio':>8}  {'tokens that fit':>15}  {'cache':>11}")
     for ratio, found in rows:
-        print(f"{ratio:8.1%}  {found.tokens:15,}  {gib(found.kv_bytes):>11}")
+        tokens = "any number" if found.tokens == MOST_TOKENS else f"{found.tokens:,}"
+        print(f"{ratio:8.1%}  {tokens:>15}  {gib(found.kv_bytes):>11}")
     return 0
 
 

@@ -161,7 +161,7 @@ class Engine:
         Args:
             input_ids: new tokens [B, tokens].
             attention_mask: padding mask [B, length + tokens]; needed in the first call only, for left-padded rows.
-            chunk: tokens per forward, None for all at once.
+            chunk: tokens per forward, None for all at once; only ``visibility="chunk"`` sees a difference.
             progress: called with the number of tokens done after every chunk.
 
         Returns:

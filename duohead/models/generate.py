@@ -82,7 +82,7 @@ def generate(
         input_ids: prompt [B, tokens].
         attention_mask: padding mask [B, tokens], needed for left-padded rows.
         max_new_tokens: how many tokens to generate at most.
-        chunk: tokens per prefill forward, None for all at once.
+        chunk: tokens per prefill forward, None for all at once; only ``visibility="chunk"`` sees a difference.
         progress: called with the number of prompt tokens done after every chunk.
         engine: "graph" or "compiled" for an engine that stays with the model until it is disabled (or needs another
             one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it.
