@@ -307,4 +307,5 @@ def _count(tokens: float) -> str:
 
 
 def _line(records: Records) -> str:
-    return f"\n{machine_line(records[-1])}\n"
+    places = dict.fromkeys(machine_line(entry) for entry in records)
+    return f"\n{' And: '.join(places)}\n"
