@@ -128,7 +128,7 @@ def test_a_diverged_training_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     gates = train.Gates.of(tiny("llama"), sink=4, recent=8)
     optimizer = torch.optim.AdamW([gates.values])
     watched = train.Stability(options)
-    steps = train._train(None, gates, optimizer, [None] * 3, options, watched, start=0)
+    steps = train.train_gates(None, gates, optimizer, [None] * 3, options, watched, start=0)
     with pytest.raises(
         ValueError, match="loss must be finite, got nan at step 0: training diverged"
     ):

@@ -296,7 +296,7 @@ def test_options_out_of_range_are_refused(change: dict[str, Any], message: str) 
 def test_contexts_that_do_not_fit_are_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_train", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(train, "train_gates", lambda *_, **__: pytest.fail("work was done"))
     out = tmp_path / "heads"
     with pytest.raises(
         ValueError, match="context_max must not exceed the model's 512 positions, got 600"

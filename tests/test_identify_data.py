@@ -15,7 +15,8 @@ import torch
 from tiny_identification import OPTIONS, TEXT, run, tokenizer
 
 from duohead.identify import haystack
-from duohead.identify.passkeys import WORDS, Sample, passkey_sample
+from duohead.identify.assembly import Sample
+from duohead.identify.passkeys import WORDS, passkey_sample
 from duohead.identify.wording import ChatFrame, Wording, chat_frame
 
 TEMPLATE = (

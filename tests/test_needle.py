@@ -16,7 +16,7 @@ from duohead.evaluate.results import NeedleResult
 from duohead.evaluate.scoring import pieces, score_samples
 from duohead.evaluate.tables import label
 from duohead.evaluate.tasks import TASKS
-from duohead.identify.passkeys import Sample
+from duohead.identify.assembly import Sample
 from duohead.pattern import HeadPattern
 from duohead.policy import HeadPolicy
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from duohead import pocket
+from duohead.identify.assembly import Sample
 from duohead.identify.haystack import default_text, read_text, tokens
-from duohead.identify.passkeys import ORDINALS, WORDS, PasskeyDataset, Sample, passkey_sample
+from duohead.identify.passkeys import ORDINALS, WORDS, PasskeyDataset, passkey_sample
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from duohead import pocket
 from duohead.evaluate.needle import paper_grid
 from duohead.evaluate.tasks import TASKS
+from duohead.identify.assembly import Sample
 from duohead.identify.haystack import default_text, tokens
-from duohead.identify.passkeys import Sample
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duohead.identify.assembly import Sample
 from duohead.identify.banded import Scores
 from duohead.identify.gates import Gates
-from duohead.identify.passkeys import Sample
 from duohead.mask import visible
 
 SINK, RECENT = 4, 8

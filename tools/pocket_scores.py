@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from duohead.evaluate.tasks import TASKS
-from duohead.identify.passkeys import Sample
+from duohead.identify.assembly import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -23,8 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from duohead.identify.assembly import Sample
 from duohead.identify.haystack import read_text, tokens
-from duohead.identify.passkeys import Sample
 from tools import pocket_data, pocket_scores
 from tools.pocket_model import Muon, PocketLlama
 

@@ -20,10 +20,10 @@ from duohead.bench.kernels import OUT_OF_MEMORY
 from duohead.bench.model import peak_bytes, release, reset_peak
 from duohead.bench.models import build
 from duohead.bench.timing import first_run
+from duohead.identify.assembly import Sample
 from duohead.identify.gates import Gates, distillation, installed
 from duohead.identify.options import IdentifyOptions
 from duohead.identify.parallel import Ranks, shard
-from duohead.identify.passkeys import Sample
 from duohead.shapes import LayerShape, text_config
 
 PHASES = ("teacher", "student", "backward")

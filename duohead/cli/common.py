@@ -34,6 +34,34 @@ def add_model_flags(parser: Any) -> None:
     )
 
 
+def add_sample_flags(parser: Any, *, depths: int) -> None:
+    """Add --lengths, --depths, --samples, --chunk and --batch, as `evaluate_needle` takes them."""
+    add = parser.add_argument
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[2048, 4096],
+        metavar="N",
+        help="tokens (2048 4096)",
+    )
+    add(
+        "--depths",
+        type=int,
+        default=depths,
+        metavar="N",
+        help="evenly spaced depths (%(default)s)",
+    )
+    add("--samples", type=int, default=4, metavar="N", help="per length and depth (%(default)s)")
+    add("--chunk", type=int, metavar="N", help="run contexts in pieces of N tokens, to save memory")
+    add("--batch", type=int, default=1, metavar="N", help="samples in one forward (%(default)s)")
+
+
+def spread(depths: int) -> list[float]:
+    """So many evenly spaced depths from 0 to 1; a single one lies in the middle."""
+    return [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)]
+
+
 def load_pattern(name: str) -> HeadPattern:
     """The pattern of a folder or hub id; the name of a bundled model stands for the pattern beside it."""
     from duohead import pocket

@@ -12,6 +12,8 @@ import json
 from dataclasses import fields
 from typing import Any
 
+from duohead.cli.common import add_sample_flags, spread
+
 FLAGS = (
     "--model",
     "--scorers",
@@ -97,16 +99,7 @@ def _add_scorers(parser: argparse.ArgumentParser) -> None:
 def _add_samples(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tasks", nargs="+", default=["all"], metavar="TASK", help="what is asked (all)")
-    add(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=[2048, 4096],
-        metavar="N",
-        help="tokens (2048 4096)",
-    )
-    add("--depths", type=int, default=3, metavar="N", help="evenly spaced depths (%(default)s)")
-    add("--samples", type=int, default=4, metavar="N", help="per length and depth (%(default)s)")
+    add_sample_flags(parser, depths=3)
     add(
         "--text",
         nargs="+",
@@ -119,8 +112,6 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prose that questions hide in (that of --text)",
     )
-    add("--chunk", type=int, metavar="N", help="run contexts in pieces of N tokens, to save memory")
-    add("--batch", type=int, default=1, metavar="N", help="samples in one forward (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples (%(default)s)")
 
 
@@ -134,7 +125,6 @@ def run(args: argparse.Namespace) -> int:
     from duohead.evaluate.tasks import TASKS
     from duohead.files import write_text
 
-    last = max(args.depths - 1, 1)
     comparison = Comparison(
         model=args.model,
         scorers={name: _options(name, args.set) for name in dict.fromkeys(args.scorers)},
@@ -142,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         ratios=tuple(args.retrieval_ratio),
         tasks=tuple(TASKS) if args.tasks == ["all"] else tuple(args.tasks),
         lengths=tuple(args.lengths),
-        depths=[0.5] if args.depths == 1 else [i / last for i in range(args.depths)],
+        depths=spread(args.depths),
         samples=args.samples,
         sink=args.sink,
         recent=args.recent,

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from duohead.cli.common import (
     MODEL_FLAGS,
     add_model_flags,
+    add_sample_flags,
     at_least,
     load_pattern,
     read_haystack,
+    spread,
     window,
 )
 
@@ -64,8 +66,6 @@ def add_arguments(kinds: Any) -> None:
     add_model_flags(parser)
     _add_samples(parser)
     add = parser.add_argument
-    add("--chunk", type=int, metavar="N", help="run contexts in pieces of N tokens, to save memory")
-    add("--batch", type=int, default=1, metavar="N", help="samples per forward pass (%(default)s)")
     add(
         "--speed-tokens",
         type=int,
@@ -133,16 +133,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         choices=("paper",),
         help="the paper's 13 lengths up to the longest of --lengths, and 10 depths",
     )
-    add(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=[2048, 4096],
-        metavar="N",
-        help="tokens (2048 4096)",
-    )
-    add("--depths", type=int, default=5, metavar="N", help="evenly spaced depths (%(default)s)")
-    add("--samples", type=int, default=4, metavar="N", help="per length and depth (%(default)s)")
+    add_sample_flags(parser, depths=5)
     add(
         "--text",
         nargs="+",
@@ -238,7 +229,7 @@ def _evaluate(
     from duohead.evaluate.needle import evaluate_needle, paper_grid
     from duohead.evaluate.progress import bar
 
-    depths = [0.5] if args.depths == 1 else [i / (args.depths - 1) for i in range(args.depths)]
+    depths = spread(args.depths)
     lengths = list(dict.fromkeys(args.lengths))
     if args.grid == "paper":
         lengths, depths = paper_grid(max(args.lengths))

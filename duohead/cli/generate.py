@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duohead import codec
+from duohead.cli.common import add_model_flags, load_pattern
 
 FLAGS = (
     "--policy",
@@ -128,13 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="to compute in",
-    )
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add_model_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,7 +140,6 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
     from transformers import TextStreamer
 
-    from duohead.cli.common import load_pattern
     from duohead.models import duo
     from duohead.models.generate import check_positions, generate
     from duohead.pocket.loading import load_model

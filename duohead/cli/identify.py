@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
+from duohead.cli.common import add_model_flags
+
 if TYPE_CHECKING:
     from duohead.identify.parallel import Ranks
     from duohead.pattern import HeadPattern
@@ -142,7 +144,6 @@ def _fill(parser: argparse.ArgumentParser, name: str) -> None:
     """The arguments of the verb with the scorer of that name."""
     from duohead import pocket
     from duohead.identify.scorers import NAMES, load
-    from duohead.pocket.loading import DTYPES
 
     scorer = load(name)
     models = ", ".join(pocket.NAMES)
@@ -168,15 +169,7 @@ def _fill(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="discard a run in FOLDER instead of continuing it"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="what the model computes in (default: as stored; float32 for the bundled models)",
-    )
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1 (default: cuda if there is one)"
-    )
+    add_model_flags(parser)
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     if scorer.trains:
         parser.add_argument(

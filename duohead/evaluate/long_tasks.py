@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from duohead.evaluate.assembly import Answer, Encoder, Given, Piece, Prose, assemble
 from duohead.evaluate.words import COLOURS, NAMES, THINGS, choose, digits, spread
-from duohead.identify.passkeys import ORDINALS, WORDS, Sample
+from duohead.identify.assembly import Answer, Encoder, Given, Piece, Prose, Sample, assemble
+from duohead.identify.passkeys import ORDINALS, WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

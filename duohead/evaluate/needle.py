@@ -35,7 +35,7 @@ from duohead.shapes import text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from duohead.identify.passkeys import Sample
+    from duohead.identify.assembly import Sample
 
 __all__ = [
     "Score",
@@ -164,6 +164,11 @@ def _check(
         raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    check_text(model, text_ids, lengths)
+
+
+def check_text(model: PreTrainedModel, text_ids: torch.Tensor, lengths: Sequence[int]) -> None:
+    """ValueError if the model is in training mode, or a length exceeds its positions or the text."""
     if model.training:
         raise ValueError(
             "model must be in evaluation mode, got one in training mode; call model.eval()"

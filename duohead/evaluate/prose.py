@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from duohead.evaluate.assembly import Encoder
-from duohead.evaluate.needle import check_positions, policy_facts, text_digest
+from duohead.evaluate.needle import check_text, policy_facts, text_digest
 from duohead.evaluate.prose_results import ProseResult, ProseRow
 from duohead.evaluate.scoring import attention_of, cache_bytes, new_cache, pieces, using
+from duohead.identify.assembly import Encoder
 from duohead.policy import HeadPolicy
 
 if TYPE_CHECKING:
@@ -173,13 +173,4 @@ def _check(
         raise ValueError(
             f"lengths must have more tokens than bins={bins}, got {min(lengths)}; ask for fewer bins"
         )
-    if model.training:
-        raise ValueError(
-            "model must be in evaluation mode, got one in training mode; call model.eval()"
-        )
-    check_positions(model, max(lengths))
-    if len(text_ids) < max(lengths):
-        raise ValueError(
-            f"text is too short: a context of {max(lengths)} tokens is asked for and the text has {len(text_ids)}; "
-            "give a longer text, or shorter lengths"
-        )
+    check_text(model, text_ids, lengths)

@@ -22,7 +22,7 @@ from duohead.shapes import text_config
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-    from duohead.identify.passkeys import Sample
+    from duohead.identify.assembly import Sample
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from duohead.evaluate.words import (
     digits,
     spread,
 )
-from duohead.identify.passkeys import Needle, Sample, ask_passkeys, weave
+from duohead.identify.assembly import Sample
+from duohead.identify.passkeys import Needle, ask_passkeys, weave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from duohead.identify.parallel import Ranks
 from duohead.shapes import LayerShape, layer_shapes
 
 if TYPE_CHECKING:
-    from duohead.identify.passkeys import Sample
+    from duohead.identify.assembly import Sample
 
 IMPLEMENTATION = "duohead_gates"
 _OWNER = "duohead_gates"

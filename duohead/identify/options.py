@@ -23,8 +23,15 @@ _IMMATERIAL = (
 )
 
 
-def _option(default: Any, text: str, **more: Any) -> Any:
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field of an options class: its default and what the command line says about it; ``choices`` if it has some."""
     return field(default=default, metadata={"help": text, **more})
+
+
+def require(options: Any, name: str, holds: bool, rule: str) -> None:
+    """ValueError naming the option, the rule and the value got, unless the rule ``holds``."""
+    if not holds:
+        raise ValueError(f"{name} {rule}, got {getattr(options, name)}")
 
 
 @dataclass(frozen=True)
@@ -34,86 +41,85 @@ class IdentifyOptions:
     Raises ValueError for a value out of range when it is made.
     """
 
-    steps: int = _option(2000, "optimiser steps, one sample each")
-    learning_rate: float = _option(0.02, "peak learning rate of AdamW")
-    learning_rate_floor: float = _option(0.1, "share of it at the first and the last step")
-    warmup: float = _option(0.2, "share of the steps that it rises over, and falls over at the end")
-    reg_weight: float = _option(
+    steps: int = option(2000, "optimiser steps, one sample each")
+    learning_rate: float = option(0.02, "peak learning rate of AdamW")
+    learning_rate_floor: float = option(0.1, "share of it at the first and the last step")
+    warmup: float = option(0.2, "share of the steps that it rises over, and falls over at the end")
+    reg_weight: float = option(
         0.05, "weight of the mean gate in the loss; higher finds fewer heads"
     )
-    initial: float = _option(1.0, "value that every gate starts from")
-    sink: int = _option(128, "first tokens that a streaming head keeps")
-    recent: int = _option(256, "last tokens that a streaming head keeps")
-    context_min: int = _option(2000, "shortest sample, questions included")
-    context_max: int | None = _option(
+    initial: float = option(1.0, "value that every gate starts from")
+    sink: int = option(128, "first tokens that a streaming head keeps")
+    recent: int = option(256, "last tokens that a streaming head keeps")
+    context_min: int = option(2000, "shortest sample, questions included")
+    context_max: int | None = option(
         None, f"longest sample (default: the model's positions, at most {LONGEST_DEFAULT})"
     )
-    context_lengths: int = _option(50, "evenly spaced lengths from shortest to longest")
-    num_passkeys: int = _option(10, "passkeys in a sample")
-    passkey_words: int = _option(32, "words in a passkey")
-    depth_min: float = _option(0.05, "shallowest passkey, as a share of the text")
-    depth_max: float = _option(0.95, "deepest passkey, as a share of the text")
-    depth_steps: int = _option(1000, "evenly spaced depths to draw from")
-    teacher_full: bool = _option(
+    context_lengths: int = option(50, "evenly spaced lengths from shortest to longest")
+    num_passkeys: int = option(10, "passkeys in a sample")
+    passkey_words: int = option(32, "words in a passkey")
+    depth_min: float = option(0.05, "shallowest passkey, as a share of the text")
+    depth_max: float = option(0.95, "deepest passkey, as a share of the text")
+    depth_steps: int = option(1000, "evenly spaced depths to draw from")
+    teacher_full: bool = option(
         False, "feed the full-attention term from the teacher, as the reference code does"
     )
-    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
-    deterministic: bool = _option(
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    deterministic: bool = option(
         True, "the same bits every time on one device; on a GPU faster kernels without"
     )
-    patience: int = _option(
+    patience: int = option(
         0,
         "let the learning rate fall once the selection has stood for so many steps (0: never early)",
     )
-    patience_ratios: tuple[float, ...] = _option(
+    patience_ratios: tuple[float, ...] = option(
         (0.5, 0.25), "shares of retrieval heads whose selection patience watches"
     )
-    patience_slack: float = _option(0.02, "share of the selected heads that may change meanwhile")
+    patience_slack: float = option(0.02, "share of the selected heads that may change meanwhile")
     wording: Wording = field(default=_WORDING, metadata={"help": "phrases around passkeys"})
-    chat: str = _option("auto", "frame samples with the tokenizer's chat template", choices=CHAT)
-    sequence_parallel: int | None = _option(
+    chat: str = option("auto", "frame samples with the tokenizer's chat template", choices=CHAT)
+    sequence_parallel: int | None = option(
         None, "processes that share one sample (default: all that torchrun started)"
     )
-    shard: bool = _option(False, "spread the weights over the processes (FSDP2)")
-    save_every: int = _option(50, "steps between checkpoints")
-    seed: int = _option(0, "seed of the samples")
+    shard: bool = option(False, "spread the weights over the processes (FSDP2)")
+    save_every: int = option(50, "steps between checkpoints")
+    seed: int = option(0, "seed of the samples")
 
     def __post_init__(self) -> None:
         positive = "steps learning_rate recent context_min context_lengths num_passkeys passkey_words save_every"
         for name in positive.split():
-            self._require(getattr(self, name) > 0, name, "must be above 0")
+            require(self, name, getattr(self, name) > 0, "must be above 0")
         for name in ("sink", "reg_weight", "seed", "patience"):
-            self._require(getattr(self, name) >= 0, name, "must not be negative")
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("learning_rate_floor", "initial", "depth_min", "depth_max", "patience_slack"):
-            self._require(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
-        self._require(0 <= self.warmup <= 0.5, "warmup", "must be between 0 and 0.5")
-        self._require(self.depth_min <= self.depth_max, "depth_min", "must not exceed depth_max")
-        self._require(
-            self.context_min > self.sink + self.recent,
+            require(self, name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        require(self, "warmup", 0 <= self.warmup <= 0.5, "must be between 0 and 0.5")
+        require(self, "depth_min", self.depth_min <= self.depth_max, "must not exceed depth_max")
+        require(
+            self,
             "context_min",
+            self.context_min > self.sink + self.recent,
             f"must exceed sink + recent = {self.sink + self.recent}, or streaming heads see everything",
         )
-        self._require(
-            self.context_max is None or self.context_max >= self.context_min,
+        require(
+            self,
             "context_max",
+            self.context_max is None or self.context_max >= self.context_min,
             f"must be at least context_min = {self.context_min}",
         )
-
-        self._require(self.chat in CHAT, "chat", f"must be one of {', '.join(CHAT)}")
-        self._require(
-            len(self.patience_ratios) > 0 and all(0 < ratio < 1 for ratio in self.patience_ratios),
+        require(self, "chat", self.chat in CHAT, f"must be one of {', '.join(CHAT)}")
+        require(
+            self,
             "patience_ratios",
+            len(self.patience_ratios) > 0 and all(0 < ratio < 1 for ratio in self.patience_ratios),
             "must be shares between 0 and 1, at least one",
         )
-        self._require(
-            self.sequence_parallel is None or self.sequence_parallel > 0,
+        require(
+            self,
             "sequence_parallel",
+            self.sequence_parallel is None or self.sequence_parallel > 0,
             "must be above 0",
         )
-
-    def _require(self, holds: bool, name: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} {rule}, got {getattr(self, name)}")
 
     def longest(self, positions: int | None) -> int:
         """The longest sample for a model with that many positions (None: not limited).

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from duohead.identify.assembly import Answer, Given, Piece, Sample, assemble
 from duohead.identify.wording import ORDINAL, ChatFrame, Wording, chat_frame
 
 if TYPE_CHECKING:
@@ -27,17 +28,6 @@ ORDINALS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
     "sixteenth seventeenth eighteenth nineteenth twentieth"
 ).split()
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One sequence: `input_ids` int64 (T,), and `answers`, the [start, end) token positions of each answer in it.
-
-    The token at position p of an answer is predicted by the logits at p - 1.
-    """
-
-    input_ids: torch.Tensor
-    answers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -161,80 +151,20 @@ def weave(
     A value's leading tokens that are only white space count as question, because they say nothing about the value.
     ``bos`` puts the tokenizer's start token first, if it has one; False where `intro` says how the text starts.
     """
-    pieces = [_Pieces.of(tokenizer, needle) for needle in needles]
-    head = (_bos(tokenizer) if bos else []) + _encode(tokenizer, intro)
-    tail, answers = _encode(tokenizer, outro), []
-    stop = _encode(tokenizer, question_end)
+    tail: list[Piece] = [Given(outro)]
     for index in range(len(needles)) if asked is None else asked:
-        piece = pieces[index]
-        start = len(tail) + len(piece.question) + piece.blank
-        tail += piece.question + piece.value
-        answers.append((start, len(tail)))
-        tail += stop
-    tail = tail[: answers[-1][1]] if answers else tail
-    room = context_length - len(head) - len(tail) - sum(len(piece.needle) for piece in pieces)
-    window = _window(haystack_ids, room, context_length, generator)
-    body: list[int] = []
-    done = 0
-    for needle, piece in zip(needles, pieces, strict=True):
-        place = int(needle.depth * room)
-        body += window[done:place] + piece.needle
-        done = place
-    ids = head + body + window[done:]
-    shift = len(ids)
-    return Sample(
-        torch.tensor(ids + tail, dtype=torch.long),
-        tuple((start + shift, end + shift) for start, end in answers),
+        needle = needles[index]
+        tail += [Given(needle.question), Answer(needle.value), Given(question_end)]
+    return assemble(
+        tokenizer,
+        haystack_ids,
+        context_length=context_length,
+        needles=[(x.depth, (x.before, x.value, x.after)) for x in needles],
+        tail=tail,
+        intro=intro,
+        bos=bos,
+        generator=generator,
     )
-
-
-def _window(
-    haystack_ids: torch.Tensor, room: int, context_length: int, generator: torch.Generator
-) -> list[int]:
-    if room < 1:
-        raise ValueError(
-            f"context_length={context_length} is too small: needles and questions alone need "
-            f"{context_length - room} tokens; "
-            "give a longer context, or fewer or shorter needles"
-        )
-    if len(haystack_ids) < room:
-        raise ValueError(
-            f"haystack_ids is too short: context_length={context_length} leaves room for {room} tokens of text and "
-            f"there are "
-            f"{len(haystack_ids)}; give a longer text, or ask for a shorter context"
-        )
-    start = int(torch.randint(len(haystack_ids) - room + 1, (1,), generator=generator))
-    window: list[int] = haystack_ids[start : start + room].tolist()
-    return window
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Token ids of one needle; `blank` leading tokens of its value are white space."""
-
-    needle: list[int]
-    question: list[int]
-    value: list[int]
-    blank: int
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, needle: Needle) -> _Pieces:
-        value = _encode(tokenizer, needle.value)
-        blank = 0
-        while blank < len(value) - 1 and not tokenizer.decode(value[: blank + 1]).strip():
-            blank += 1
-        whole = _encode(tokenizer, needle.before) + value + _encode(tokenizer, needle.after)
-        return cls(whole, _encode(tokenizer, needle.question), value, blank)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    return ids
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = tokenizer("a")["input_ids"][0]
-    return [first] if first == tokenizer.bos_token_id else []
 
 
 class PasskeyDataset:

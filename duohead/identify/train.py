@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from duohead.shapes import layer_shapes, text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from duohead.identify.assembly import Sample
     from duohead.pattern import HeadPattern
 
 # Enough text that samples differ, little enough that a library of books need not be tokenised whole.
@@ -109,7 +110,7 @@ def identify(
         _deterministic(gates.values.device) if options.deterministic else nullcontext(),
         installed(model, gates, gradient_checkpointing=options.gradient_checkpointing) as backbone,
     ):
-        steps = _train(backbone, gates, optimizer, dataset, options, stability, start=start)
+        steps = train_gates(backbone, gates, optimizer, dataset, options, stability, start=start)
         for record in _with_bar(steps, stability, start) if progress and ranks.first else steps:
             done = record.step + 1
             if folder is not None:
@@ -180,16 +181,27 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=lenient)
 
 
-def _train(
+class Samples(Protocol):
+    """What gates are trained on: a sample for every step of every row of processes."""
+
+    def __getitem__(self, step: int) -> Sample: ...
+
+
+def train_gates(
     backbone: nn.Module,
     gates: Gates,
     optimizer: torch.optim.Optimizer,
-    dataset: PasskeyDataset,
+    dataset: Samples,
     options: IdentifyOptions,
     stability: Stability,
     *,
     start: int,
 ) -> Iterator[Step]:
+    """Train gates that are installed, from step ``start`` until ``stability`` ends it; yields every `Step` after it.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
     ranks, step = gates.ranks, start
     while step < stability.steps:
         rate = options.learning_rate_at(step, ends=stability.ends)

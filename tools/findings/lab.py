@@ -6,6 +6,7 @@ an experiment is only the list of what it varies. Make one with `Lab.open("pocke
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,13 @@ from duohead import HeadPattern
 from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.tasks import TASKS
 from duohead.identify import haystack
-from duohead.identify.gates import Gates, distillation, installed
+from duohead.identify.assembly import Sample
+from duohead.identify.gates import Gates, installed
 from duohead.identify.options import IdentifyOptions
-from duohead.identify.passkeys import Sample, passkey_sample
+from duohead.identify.passkeys import passkey_sample
+from duohead.identify.scorers import alphas
+from duohead.identify.stability import Stability
+from duohead.identify.train import train_gates
 from duohead.pocket.loading import load_model
 from duohead.record import write_record
 
@@ -33,6 +38,17 @@ RATIOS = (0.5, 0.25, 0.125)
 # Formats that full attention of both pocket models answers, and that differ in key, value and wording.
 RETRIEVAL = ("passkeys", "needle", "number", "keyvalue")
 MakeSample = Callable[[torch.Generator], Sample]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of ``make``, one after the other: the gate training asks for each step once, in order."""
+
+    make: MakeSample
+    generator: torch.Generator
+
+    def __getitem__(self, step: int) -> Sample:
+        return self.make(self.generator)
 
 
 @dataclass(frozen=True)
@@ -143,13 +159,18 @@ class Lab:
         optimizer = torch.optim.AdamW([gates.values], weight_decay=0.0, foreach=False)
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
         with installed(model, gates) as backbone:
-            for step in range(chosen.steps):
-                optimizer.param_groups[0]["lr"] = chosen.learning_rate_at(step)
-                loss = distillation(backbone, gates, make(generator))
-                optimizer.zero_grad()
-                (loss + chosen.reg_weight * gates.penalty()).backward()
-                optimizer.step()
-                gates.clamp_()
+            deque(
+                train_gates(
+                    backbone,
+                    gates,
+                    optimizer,
+                    Drawn(make, generator),
+                    chosen,
+                    Stability(chosen),
+                    start=0,
+                ),
+                maxlen=0,
+            )
         return HeadPattern.from_alpha(gates.alpha, model=model, sink=sink, recent=recent)
 
     def accuracy(
@@ -213,12 +234,5 @@ def overlap(first: HeadPattern, second: HeadPattern, ratio: float) -> float:
 
 def rank_correlation(first: HeadPattern, second: HeadPattern) -> float:
     """Spearman's correlation of two patterns' alphas over gated heads; ties share their mean rank."""
-    ranks = [_ranks(pattern.alpha[pattern.gated]) for pattern in (first, second)]
+    ranks = [alphas(torch.as_tensor(x.alpha[x.gated])).double() for x in (first, second)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())
-
-
-def _ranks(values: Any) -> torch.Tensor:
-    given = torch.as_tensor(values, dtype=torch.float64)
-    below = (given[None] < given[:, None]).sum(1).double()
-    equal = (given[None] == given[:, None]).sum(1).double()
-    return below + (equal - 1) / 2

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from duohead.identify.banded import Scores
+from duohead.identify.options import option, require
 from duohead.identify.scorers.attention import (
     by_kv_head,
     context_length,
@@ -24,7 +25,7 @@ from duohead.identify.scorers.attention import (
     score_matrix,
     weights,
 )
-from duohead.identify.scorers.interface import Scorer, ScorerOptions, option, require
+from duohead.identify.scorers.interface import Scorer, ScorerOptions
 from duohead.shapes import text_config
 
 DEFAULT_TOKENS = 2500

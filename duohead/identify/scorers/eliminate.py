@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from duohead.identify import haystack
 from duohead.identify.banded import Scores, full_attention, streaming_attention
 from duohead.identify.gates import Gates, installed
+from duohead.identify.options import option, require
 from duohead.identify.scorers.attention import context_length
-from duohead.identify.scorers.interface import Scorer, ScorerOptions, option, require
+from duohead.identify.scorers.interface import Scorer, ScorerOptions
 from duohead.identify.scorers.quiz import KINDS, Quiz, quiz
 from duohead.shapes import layer_shapes
 

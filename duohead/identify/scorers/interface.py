@@ -8,23 +8,14 @@ measure=...)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
+from duohead.identify.options import option, require
+
 Scale = Literal["rank", "alpha"]
-
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A field of an options class: its default and what the command line says about it; ``choices`` if it has some."""
-    return field(default=default, metadata={"help": text, **more})
-
-
-def require(options: Any, name: str, holds: bool, rule: str) -> None:
-    """ValueError naming the option, the rule and the value got, unless the rule ``holds``."""
-    if not holds:
-        raise ValueError(f"{name} {rule}, got {getattr(options, name)}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from duohead.identify.banded import Scores
+from duohead.identify.options import option, require
 from duohead.identify.scorers.attention import (
     by_kv_head,
     context_length,
@@ -26,7 +27,7 @@ from duohead.identify.scorers.attention import (
     observe,
     score_matrix,
 )
-from duohead.identify.scorers.interface import Scorer, ScorerOptions, option, require
+from duohead.identify.scorers.interface import Scorer, ScorerOptions
 
 DEFAULT_CONTEXT = 8192
 

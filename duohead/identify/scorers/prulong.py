@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from duohead.identify import haystack
 from duohead.identify.gates import Gates, installed
+from duohead.identify.options import option, require
 from duohead.identify.scorers.attention import context_length, first_token
-from duohead.identify.scorers.interface import Scorer, ScorerOptions, option, require
+from duohead.identify.scorers.interface import Scorer, ScorerOptions
 
 DEFAULT_CONTEXT = 4096
 # The stretched binary concrete distribution of Louizos et al. 2018 (arXiv 1712.01312, section 2.2): beta, gamma, zeta.

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from duohead.identify.passkeys import Sample
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sequence: `input_ids` int64 (T,), and `answers`, the [start, end) token positions of each answer in it.
+
+    The token at position p of an answer is predicted by the logits at p - 1.
+    """
+
+    input_ids: torch.Tensor
+    answers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ def assemble(
     needles: Sequence[tuple[float, Sequence[str]]],
     tail: Sequence[Piece],
     intro: str = "",
+    bos: bool = True,
     generator: torch.Generator,
 ) -> Sample:
     """Text with `needles` in it and `tail` after it, exactly `context_length` tokens in all.
@@ -87,16 +97,17 @@ def assemble(
         context_length: tokens, start token and answers included.
         needles: (depth from 0 to 1, parts) in any order; parts are tokenised one by one, so that a value is the same
             tokens here as in its answer.
-        tail: what follows the text; there is at least one `Answer`, and nothing counts after the last.
+        tail: what follows the text, up to the last `Answer` if there is one.
         intro: words before the text.
+        bos: put the tokenizer's start token first, if it has one; False where `intro` says how the text starts.
         generator: of the window.
 
     Raises:
         ValueError: the pieces alone are too long, or `haystack_ids` too short.
     """
     encode = Encoder(tokenizer)
-    head = encode.start() + encode(intro)
-    last = max(i for i, piece in enumerate(tail) if isinstance(piece, Answer))
+    head = (encode.start() if bos else []) + encode(intro)
+    last = max((i for i, x in enumerate(tail) if isinstance(x, Answer)), default=len(tail) - 1)
     ends = [_tokens(encode, piece) for piece in tail[: last + 1]]
     lines = [(depth, [t for part in parts for t in encode(part)]) for depth, parts in needles]
     lines.sort(key=lambda line: line[0])
@@ -137,7 +148,7 @@ def _window(
     if room < 1:
         raise ValueError(
             f"context_length={context_length} is too small: needles and questions alone need "
-            f"{context_length - room} tokens; give a longer context"
+            f"{context_length - room} tokens; give a longer context, or fewer or shorter needles"
         )
     wanted = room + prose
     if len(haystack_ids) < wanted:
