@@ -71,6 +71,40 @@ def test_the_paper_s_grid_is_asked_for_by_name(folder, monkeypatch):
     assert asked["speed_tokens"] is None
 
 
+@pytest.mark.parametrize(
+    ("given", "depths"),
+    [
+        ("1", [0.5]),
+        ("3", [0.0, 0.5, 1.0]),
+        ("0.5", [0.5]),
+        ("0.1 0.5 0.9", [0.1, 0.5, 0.9]),
+        ("0 1 1", [0.0, 1.0]),
+    ],
+)
+def test_depths_are_a_number_of_them_or_listed(folder, monkeypatch, given, depths):
+    asked = {}
+
+    def note(*_, **options):
+        asked.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("duohead.evaluate.needle.evaluate_needle", note)
+    assert main(command(folder, "needle", depths=given, speed_tokens=0)) == 2
+    assert asked["depths"] == depths
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ("0", "--depths must be at least 1, got 0"),
+        ("0.5 2", "depths from 0 to 1, got 2 among 0.5 2"),
+    ],
+)
+def test_depths_outside_a_text_are_refused(folder, capsys, given, rule):
+    assert main(command(folder, "needle", depths=given)) == 2
+    assert rule in capsys.readouterr().err
+
+
 def test_prose_writes_table_records_and_picture(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "prose.jsonl", tmp_path / "prose.png"

@@ -47,19 +47,39 @@ def add_sample_flags(parser: Any, *, depths: int) -> None:
     )
     add(
         "--depths",
-        type=int,
-        default=depths,
-        metavar="N",
-        help="evenly spaced depths (%(default)s)",
+        type=_number,
+        nargs="+",
+        default=[depths],
+        metavar="D",
+        help=f"so many evenly spaced depths from 0 to 1 ({depths}), or the depths themselves (0.1 0.5 0.9)",
     )
     add("--samples", type=int, default=4, metavar="N", help="per length and depth (%(default)s)")
     add("--chunk", type=int, metavar="N", help="run contexts in pieces of N tokens, to save memory")
     add("--batch", type=int, default=1, metavar="N", help="samples in one forward (%(default)s)")
 
 
-def spread(depths: int) -> list[float]:
-    """So many evenly spaced depths from 0 to 1; a single one lies in the middle."""
-    return [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)]
+def needle_depths(given: Sequence[int | float]) -> list[float]:
+    """What --depths means: one integer is a number of evenly spaced depths from 0 to 1 (one lies in the middle).
+
+    Raises:
+        ValueError: a number of depths below 1, or a depth outside 0 to 1.
+    """
+    if len(given) == 1 and isinstance(given[0], int):
+        count = given[0]
+        at_least([("--depths", count, 1)])
+        return [0.5] if count == 1 else [place / (count - 1) for place in range(count)]
+    for depth in given:
+        if not 0 <= depth <= 1:
+            raise ValueError(
+                f"--depths must be one number of depths or depths from 0 to 1, got {depth} among "
+                f"{' '.join(map(str, given))}"
+            )
+    return list(dict.fromkeys(float(depth) for depth in given))
+
+
+def _number(text: str) -> int | float:
+    """An integer as one, any other number as a float, for argparse."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def load_pattern(name: str) -> HeadPattern:

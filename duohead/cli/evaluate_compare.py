@@ -12,7 +12,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from duohead.cli.common import add_sample_flags, spread
+from duohead.cli.common import add_sample_flags, needle_depths
 
 FLAGS = (
     "--model",
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         ratios=tuple(args.retrieval_ratio),
         tasks=tuple(TASKS) if args.tasks == ["all"] else tuple(args.tasks),
         lengths=tuple(args.lengths),
-        depths=spread(args.depths),
+        depths=needle_depths(args.depths),
         samples=args.samples,
         sink=args.sink,
         recent=args.recent,
@@ -163,9 +163,8 @@ def _check(args: argparse.Namespace) -> None:
     from duohead.files import check_writable
     from duohead.identify.scorers import NAMES
 
-    limits = [
-        (f"--{name}", getattr(args, name), 1) for name in ("depths", "samples", "workers", "batch")
-    ]
+    needle_depths(args.depths)
+    limits = [(f"--{name}", getattr(args, name), 1) for name in ("samples", "workers", "batch")]
     limits += [("--lengths", length, 1) for length in args.lengths]
     if args.chunk is not None:
         limits.append(("--chunk", args.chunk, 1))

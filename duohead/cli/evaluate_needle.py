@@ -15,8 +15,8 @@ from duohead.cli.common import (
     add_sample_flags,
     at_least,
     load_pattern,
+    needle_depths,
     read_haystack,
-    spread,
     window,
 )
 
@@ -194,9 +194,9 @@ def _check(args: argparse.Namespace) -> list[str]:
     from duohead.evaluate.tasks import TASKS
     from duohead.files import check_writable
 
+    needle_depths(args.depths)
     at_least(
         [
-            ("--depths", args.depths, 1),
             ("--samples", args.samples, 1),
             ("--random-draws", args.random_draws, 0),
             *(("--lengths", length, 1) for length in args.lengths),
@@ -229,7 +229,7 @@ def _evaluate(
     from duohead.evaluate.needle import evaluate_needle, paper_grid
     from duohead.evaluate.progress import bar
 
-    depths = spread(args.depths)
+    depths = needle_depths(args.depths)
     lengths = list(dict.fromkeys(args.lengths))
     if args.grid == "paper":
         lengths, depths = paper_grid(max(args.lengths))
