@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,29 @@ class Codec:
     def round_trip(self, x: Tensor) -> Tensor:
         """What attention sees of ``x`` [..., D] once it is stored; same shape and dtype."""
         return self.decode(self.encode(x), x.shape[-1], x.dtype)
+
+
+class Pair(NamedTuple):
+    """The formats of one kind of heads, of its keys and of its values."""
+
+    keys: Codec
+    values: Codec
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pair:
+        """Copies of a cache share their formats, as `Codec` says."""
+        return self
+
+    def vector_bytes(self, key_dim: int, value_dim: int) -> int:
+        """Bytes that the key and the value of one token take."""
+        return self.keys.vector_bytes(key_dim) + self.values.vector_bytes(value_dim)
+
+    def round_trip(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention sees of keys [..., D] and values [..., Dv] once they are stored."""
+        return self.keys.round_trip(keys), self.values.round_trip(values)
+
+    def lossless(self, native: torch.dtype) -> bool:
+        """Whether keys and values of dtype ``native`` are stored unchanged."""
+        return all(storage is get("auto", native=native) for storage in self)
 
 
 def _raw(name: str, dtype: torch.dtype) -> Codec:
@@ -179,6 +202,33 @@ def get(name: str, *, native: torch.dtype) -> Codec:
     return _CODECS[_NATIVE[native]]
 
 
+def split(spec: str, *, field: str = "storage dtype") -> tuple[str, str]:
+    """The names of the keys' and of the values' codec in "KEYS/VALUES"; one name alone stands for both.
+
+    Raises:
+        ValueError: anything else; the message calls it ``field``.
+    """
+    names = spec.split("/") if isinstance(spec, str) else []
+    if len(names) == 1:
+        names = names * 2
+    if len(names) != 2 or any(name not in NAMES for name in names):
+        raise ValueError(
+            f"{field} must be one of {', '.join(NAMES)}, or two of them as KEYS/VALUES such as 'fp8/int4', got {spec!r}"
+        )
+    return names[0], names[1]
+
+
+def normal(spec: str, *, field: str) -> str:
+    """The shortest spelling of what `split` reads: "fp8" for "fp8/fp8". Errors as there."""
+    return "/".join(dict.fromkeys(split(spec, field=field)))
+
+
+def pair(spec: str, *, native: torch.dtype) -> Pair:
+    """The codecs of keys and values for a storage dtype such as "auto", "fp8" or "fp8/int4"; errors as in `get`."""
+    keys, values = split(spec)
+    return Pair(get(keys, native=native), get(values, native=native))
+
+
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A torch dtype from itself or from its name ("bfloat16", "bf16", "torch.float32")."""
     if isinstance(dtype, torch.dtype):
@@ -189,6 +239,8 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     raise ValueError(f"dtype must name a floating-point type such as 'bfloat16', got {dtype!r}")
 
 
-def bits_per_number(name: str, head_dim: int, *, native: torch.dtype = torch.bfloat16) -> float:
-    """Storage cost in bits per stored number, scales included."""
-    return 8 * get(name, native=native).vector_bytes(head_dim) / head_dim if head_dim else math.nan
+def bits_per_number(spec: str, head_dim: int, *, native: torch.dtype = torch.bfloat16) -> float:
+    """Storage cost in bits per stored number of keys and values, scales included."""
+    if not head_dim:
+        return math.nan
+    return 8 * pair(spec, native=native).vector_bytes(head_dim, head_dim) / (2 * head_dim)

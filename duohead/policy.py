@@ -17,58 +17,11 @@ import torch
 
 from duohead import codec
 from duohead.shapes import LayerShape, layer_shapes
+from duohead.storage import LayerPolicy, Store, first_saving, is_int
+
+__all__ = ["HeadPolicy", "LayerPolicy"]
 
 Visibility = Literal["token", "chunk"]
-MIN_STEP = 16
-MAX_STEP = 16384
-
-
-def capacity(tokens: int) -> int:
-    """Slots a growing store holds for ``tokens`` tokens: at most an eighth more than needed, a power of two exactly.
-
-    The steps are an eighth of the octave below, between MIN_STEP and MAX_STEP, so that growth needs few allocations and
-    the size depends on the length alone, never on how the tokens arrived.
-    """
-    if tokens <= 0:
-        return 0
-    step = min(max((1 << (tokens - 1).bit_length()) // 16, MIN_STEP), MAX_STEP)
-    return -(-tokens // step) * step
-
-
-@dataclass(frozen=True)
-class LayerPolicy:
-    """The heads of one layer.
-
-    ``num_kv_heads`` 0 means the layer has no KV cache. ``retrieval`` lists the retrieval heads, ascending; all others
-    stream. ``window`` is the layer's native sliding window, which holds for both kinds; None means global.
-    """
-
-    num_kv_heads: int
-    retrieval: tuple[int, ...] = ()
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        heads = self.retrieval
-        if not _is_int(self.num_kv_heads) or self.num_kv_heads < 0:
-            raise ValueError(f"num_kv_heads must be an integer >= 0, got {self.num_kv_heads!r}")
-        if list(heads) != sorted(set(heads)) or any(
-            not 0 <= head < self.num_kv_heads for head in heads
-        ):
-            raise ValueError(
-                f"retrieval must list distinct KV heads in 0..{self.num_kv_heads - 1} in ascending order, got {heads}"
-            )
-        if self.window is not None and (not _is_int(self.window) or self.window < 1):
-            raise ValueError(f"window must be None or an integer >= 1, got {self.window!r}")
-
-    @property
-    def streaming(self) -> tuple[int, ...]:
-        """The streaming heads, ascending."""
-        return tuple(head for head in range(self.num_kv_heads) if head not in self.retrieval)
-
-    @property
-    def gated(self) -> bool:
-        """Whether the layer counts in ratios: it has KV heads and its native attention is global."""
-        return self.num_kv_heads > 0 and self.window is None
 
 
 @dataclass(frozen=True)
@@ -82,8 +35,10 @@ class HeadPolicy:
         prefill_recent: the same during prefill (calls with more than one new token); None means ``recent``. A larger
             value also enlarges what a streaming head stores, since a later chunk must see as far back.
         retrieval_dtype, streaming_dtype, window_dtype: storage of retrieval heads, of streaming heads, and of the heads
-            of natively windowed layers that keep their window: "auto" (the model's dtype), "bf16", "fp8", "int8" or
-            "int4".
+            of natively windowed layers that keep their window: "auto" (the model's dtype), "bf16", "fp8", "int8",
+            "int4", or two of them as "KEYS/VALUES", such as "fp8/int4".
+        evict: False lets streaming heads keep and see every token, stored as ``streaming_dtype``: a lower precision
+            instead of a shorter memory. ``sink`` and ``recent`` then have no say; native windows stay as they are.
         visibility: "token" (exact), or "chunk" for the reference code's rule, to reproduce published numbers only.
         shapes: geometry of the model the policy was bound to; empty before `bind`.
         native_dtype: the bound model's dtype, what "auto" stands for; None before `bind`.
@@ -100,6 +55,7 @@ class HeadPolicy:
     streaming_dtype: str = "auto"
     window_dtype: str = "auto"
     visibility: Visibility = "token"
+    evict: bool = True
     shapes: tuple[LayerShape, ...] = ()
     native_dtype: str | None = None
 
@@ -108,25 +64,40 @@ class HeadPolicy:
             raise ValueError(
                 "layers must name at least one layer, got none; pass one list of heads per layer"
             )
-        if not _is_int(self.sink) or self.sink < 0:
+        if not is_int(self.sink) or self.sink < 0:
             raise ValueError(f"sink must be an integer >= 0, got {self.sink!r}")
-        if not _is_int(self.recent) or self.recent < 1:
+        if not is_int(self.recent) or self.recent < 1:
             raise ValueError(
                 f"recent must be an integer >= 1 (the query's own token counts), got {self.recent!r}; "
                 f"a head that must see everything is a retrieval head"
             )
         prefill = self.prefill_recent
-        if prefill is not None and (not _is_int(prefill) or prefill < self.recent):
+        if prefill is not None and (not is_int(prefill) or prefill < self.recent):
             raise ValueError(
                 f"prefill_recent must be an integer >= recent ({self.recent}), got {prefill!r}"
             )
         if self.visibility not in ("token", "chunk"):
             raise ValueError(f"visibility must be 'token' or 'chunk', got {self.visibility!r}")
         for field in ("retrieval_dtype", "streaming_dtype", "window_dtype"):
-            if getattr(self, field) not in codec.NAMES:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(codec.NAMES)}, got {getattr(self, field)!r}"
-                )
+            # One spelling of each, so that equal policies are equal.
+            object.__setattr__(self, field, codec.normal(getattr(self, field), field=field))
+        self._check_evict()
+
+    def _check_evict(self) -> None:
+        if not isinstance(self.evict, bool):
+            raise ValueError(f"evict must be True or False, got {self.evict!r}")
+        if self.evict:
+            return
+        if self.prefill_recent is not None:
+            raise ValueError(
+                f"prefill_recent must be None with evict=False, whose streaming heads see every token in a prompt "
+                f"too, got {self.prefill_recent}; leave one of the two out"
+            )
+        if self.visibility != "token":
+            raise ValueError(
+                f"visibility must be 'token' with evict=False, since it says what streaming heads lose, got "
+                f"{self.visibility!r}; leave one of the two out"
+            )
 
     @classmethod
     def from_heads(
@@ -235,18 +206,17 @@ class HeadPolicy:
     def stores(self, index: int) -> Iterator[Store]:
         """What layer ``index`` has to store, one entry per kind of head that occurs in it."""
         layer = self.layers[index]
-        if layer.retrieval and layer.window is None:
-            yield Store("retrieval", layer.retrieval, self.retrieval_dtype, sink=0, ring=None)
-        elif layer.retrieval:
-            yield Store("retrieval", layer.retrieval, self.window_dtype, sink=0, ring=layer.window)
-        if layer.streaming:
-            ring = (
-                self.window_tokens
-                if layer.window is None
-                else min(self.window_tokens, layer.window)
-            )
+        if layer.retrieval:
+            dtype = self.retrieval_dtype if layer.window is None else self.window_dtype
+            yield Store("retrieval", layer.retrieval, dtype, 0, layer.window, sees_all=True)
+        if layer.streaming and self.evict:
+            ring = min(self.window_tokens, layer.window or self.window_tokens)
             yield Store(
-                "streaming", layer.streaming, self.streaming_dtype, sink=self.sink, ring=ring
+                "streaming", layer.streaming, self.streaming_dtype, self.sink, ring, sees_all=False
+            )
+        elif layer.streaming:
+            yield Store(
+                "streaming", layer.streaming, self.streaming_dtype, 0, layer.window, sees_all=True
             )
 
     def kv_bytes(
@@ -271,9 +241,10 @@ class HeadPolicy:
         total = 0
         for index, (key_dim, value_dim) in enumerate(self._dims(head_dim)):
             for store in self.stores(index):
-                storage = codec.get(store.dtype, native=self._native(dtype))
-                vector = storage.vector_bytes(key_dim) + storage.vector_bytes(value_dim)
-                total += len(store.heads) * store.slots(tokens, rollback=rollback) * vector
+                token = codec.pair(store.dtype, native=self._native(dtype)).vector_bytes(
+                    key_dim, value_dim
+                )
+                total += len(store.heads) * store.slots(tokens, rollback=rollback) * token
         return total * batch
 
     def dense_kv_bytes(
@@ -293,6 +264,39 @@ class HeadPolicy:
             total += layer.num_kv_heads * kept * (key_dim + value_dim) * itemsize
         return total * batch
 
+    def saves_from(
+        self,
+        *,
+        head_dim: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        rollback: int = 0,
+        up_to: int | None = None,
+    ) -> int | None:
+        """The smallest length in tokens from which on the cache is smaller than the model's own, at every longer one.
+
+        The model's own is `dense_kv_bytes`, native windows respected, in the model's dtype; ours is `kv_bytes`. One row
+        stands for any number of them, and a growing cache for a static one of that ``max_length``.
+
+        Args:
+            head_dim, dtype, rollback: as in `kv_bytes`.
+            up_to: longest text that counts; None for any, however long.
+
+        Returns:
+            The length, or None if there is none, as where every head keeps every token as it is.
+
+        Raises:
+            ValueError: ``up_to`` below 1, or no head size.
+        """
+        if up_to is not None and (not is_int(up_to) or up_to < 1):
+            raise ValueError(f"up_to must be None or an integer >= 1 (tokens), got {up_to!r}")
+
+        def saving(tokens: int) -> int:
+            dense = self.dense_kv_bytes(tokens, head_dim=head_dim, dtype=dtype)
+            return dense - self.kv_bytes(tokens, head_dim=head_dim, dtype=dtype, rollback=rollback)
+
+        level = max([self.sink + self.window_tokens, *(layer.window or 0 for layer in self.layers)])
+        return first_saving(saving, level=level + rollback, up_to=up_to)
+
     def _dims(self, head_dim: int | None) -> list[tuple[int, int]]:
         if head_dim is not None:
             return [(head_dim, head_dim)] * len(self.layers)
@@ -306,8 +310,12 @@ class HeadPolicy:
         return codec.parse_dtype(dtype or self.native_dtype or torch.bfloat16)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` reads it back."""
-        return asdict(self)
+        """A JSON-ready description; `from_dict` reads it back. ``evict`` is named where it is False alone."""
+        fields = asdict(self)
+        if self.evict:
+            # Digests of policies are older than this field, and name them in records.
+            del fields["evict"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -335,22 +343,6 @@ class HeadPolicy:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Store:
-    """What one kind of head of a layer keeps: all tokens (``ring`` None), or ``sink`` first and ``ring`` last ones."""
-
-    kind: Literal["retrieval", "streaming"]
-    heads: tuple[int, ...]
-    dtype: str
-    sink: int
-    ring: int | None
-
-    def slots(self, tokens: int, *, rollback: int = 0) -> int:
-        """Slots per head and row that are allocated for a length of ``tokens``."""
-        grown = capacity(tokens)
-        return grown if self.ring is None else min(grown, self.sink + self.ring + rollback)
-
-
 def _ascending(heads: Sequence[int]) -> tuple[int, ...]:
     """KV heads in order, NumPy integers as plain ones."""
     try:
@@ -362,11 +354,7 @@ def _ascending(heads: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_size(tokens: int, batch: int) -> None:
-    if not _is_int(tokens) or tokens < 0:
+    if not is_int(tokens) or tokens < 0:
         raise ValueError(f"tokens must be an integer >= 0, got {tokens!r}")
-    if not _is_int(batch) or batch < 1:
+    if not is_int(batch) or batch < 1:
         raise ValueError(f"batch must be an integer >= 1 (rows), got {batch!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

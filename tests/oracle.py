@@ -61,7 +61,7 @@ def policy_mask(
     """Mask [B, G, Q, K] of a layer for positions ``query`` [B, Q] and ``key`` [B, K]; padding queries see all."""
     layer = policy.layers[index]
     retrieval = torch.zeros(layer.num_kv_heads, 1, 1, dtype=torch.bool)
-    retrieval[list(layer.retrieval)] = True
+    retrieval[list(layer.retrieval if policy.evict else range(layer.num_kv_heads))] = True
     start = None if chunk_start is None else chunk_start[:, None, :, None]
     seen = visible(
         query[:, None, :, None], key[:, None, None, :], retrieval=retrieval, sink=policy.sink,
@@ -237,10 +237,9 @@ def stored(policy: HeadPolicy, x: Inputs) -> Inputs:
     """The inputs as attention sees them: every head's keys and values after its storage."""
     keys, values = x.keys.clone(), x.values.clone()
     for spec in policy.stores(0):
-        storage = codec.get(spec.dtype, native=keys.dtype)
+        storage = codec.pair(spec.dtype, native=keys.dtype)
         for head in spec.heads:
-            keys[:, head] = storage.round_trip(keys[:, head])
-            values[:, head] = storage.round_trip(values[:, head])
+            keys[:, head], values[:, head] = storage.round_trip(keys[:, head], values[:, head])
     return replace(x, keys=keys, values=values)
 
 

@@ -97,10 +97,10 @@ def test_the_automatic_choice_is_logged_once_and_an_explicit_one_never(caplog) -
 @pytest.fixture
 def fresh():
     """Nothing has been found missing yet, nor logged."""
-    for cached in (hopper_launch.missing, choice.log_once):
+    for cached in (hopper_launch._lacking, choice.log_once):
         cached.cache_clear()
     yield
-    for cached in (hopper_launch.missing, choice.log_once):
+    for cached in (hopper_launch._lacking, choice.log_once):
         cached.cache_clear()
 
 
@@ -118,6 +118,29 @@ def test_a_compiler_that_does_not_work_is_found_once_and_named(fresh, monkeypatc
         assert "libnvrtc.so.13 not found" in reason
         assert "impl='triton'" in reason
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        RuntimeError("CUDA: <CUresult.CUDA_ERROR_OUT_OF_MEMORY: 2>"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_a_device_that_was_full_once_is_asked_again(fresh, monkeypatch, full) -> None:
+    answers = [full, full, None]
+
+    def load(*_: object) -> None:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(hopper_launch, "_compile", lambda text: b"")
+    monkeypatch.setattr(hopper_launch, "_load", load)
+    for _ in range(2):
+        assert "no memory left to load a trial kernel" in hopper_launch.missing(0)
+    for _ in range(2):  # and what was found at last is not asked again
+        assert hopper_launch.missing(0) is None
 
 
 def test_auto_goes_on_without_a_kernel_that_cannot_be_loaded_and_hopper_raises(

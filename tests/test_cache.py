@@ -9,6 +9,7 @@ from oracle import Inputs, inputs, sees, split, through_cache
 
 from duohead.cache import DuoCache, DuoLayer
 from duohead.policy import HeadPolicy
+from duohead.storage import Store
 
 GROUPS, DIM = 3, 4
 
@@ -63,8 +64,9 @@ class Player:
             row += new
         drafting = self.recording and start > 0 and count <= self.rollback
         recent = self.policy.window_tokens if count > 1 and not drafting else self.policy.recent
+        every = not self.policy.evict
         assert [view.retrieval for view in views] == [
-            s.kind == "retrieval" for s in self.policy.stores(self.index)
+            every or s.kind == "retrieval" for s in self.policy.stores(self.index)
         ]
         for view in views:
             for row in range(self.batch):
@@ -112,7 +114,7 @@ class Player:
         if not self.layer.is_initialized:
             return
         lost = any(
-            self.needs_evicted(spec.kind, kept, row)
+            self.needs_evicted(spec, kept, row)
             for spec in self.policy.stores(self.index)
             for row in range(self.batch)
         )
@@ -128,17 +130,17 @@ class Player:
         self.rows = [row[:kept] for row in self.rows]
         self.alive = {kind: {p for p in places if p < kept} for kind, places in self.alive.items()}
 
-    def needs_evicted(self, kind: str, kept: int, row: int) -> bool:
+    def needs_evicted(self, spec: Store, kept: int, row: int) -> bool:
         """Whether the token that comes after ``kept`` tokens would see one that is gone."""
         skipped, layer = self.padding[row], self.policy.layers[self.index]
         start = kept - skipped if self.policy.visibility == "chunk" else None
         for place in range(skipped, kept):
-            sink = kind == "streaming" and place - skipped < self.policy.sink
+            sink = not spec.sees_all and place - skipped < self.policy.sink
             visible = sees(
-                kept - skipped, place - skipped, retrieval=kind == "retrieval", sink=self.policy.sink,
+                kept - skipped, place - skipped, retrieval=spec.sees_all, sink=self.policy.sink,
                 recent=self.policy.window_tokens, window=layer.window, chunk_start=start,
             )  # fmt: skip
-            if visible and not sink and place not in self.alive[kind]:
+            if visible and not sink and place not in self.alive[spec.kind]:
                 return True
         return False
 
@@ -195,6 +197,8 @@ def policies() -> dict[str, HeadPolicy]:
         "window": make(windows=[4]),
         "window-of-recent": make(windows=[9], prefill_recent=9),
         "prefill-recent": make(prefill_recent=12),
+        "kept": make(evict=False),
+        "kept-window": make(evict=False, windows=[4]),
         "chunk": make(visibility="chunk"),
         "chunk-window": make(visibility="chunk", windows=[8]),
     }
@@ -221,7 +225,7 @@ def filled(policy: HeadPolicy, chunks: list[int], **options) -> tuple[DuoCache, 
 
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 64}], ids=["growing", "static"])
-@pytest.mark.parametrize("dtype", ["auto", "int4"])
+@pytest.mark.parametrize("dtype", ["auto", "int4", "fp8/int4"])
 def test_a_deep_copy_lives_its_own_life(options, dtype) -> None:
     policy = HeadPolicy.from_heads(
         retrieval=[[0], []],

@@ -1,6 +1,8 @@
 """Storage codecs: the layout, bytes and worst-case errors that docs/numerics.md states."""
 
+import copy
 import math
+import re
 
 import pytest
 import torch
@@ -233,7 +235,32 @@ def test_auto_storage_changes_no_bit(native) -> None:
     assert codec.get("auto", native=native).vector_bytes(64) == 64 * native.itemsize
 
 
+def test_a_pair_names_the_codec_of_the_keys_before_that_of_the_values() -> None:
+    assert codec.split("fp8/int4") == ("fp8", "int4")
+    assert codec.split("int8") == ("int8", "int8")
+    pair = codec.pair("fp8/auto", native=torch.float16)
+    assert (pair.keys.name, pair.values.name) == ("fp8", "fp16")
+    assert pair.vector_bytes(64, 32) == 66 + 64
+    assert not pair.lossless(torch.float16)
+    assert codec.pair("auto/bf16", native=torch.bfloat16).lossless(torch.bfloat16)
+    assert not codec.pair("auto/bf16", native=torch.float16).lossless(torch.float16)
+    assert copy.deepcopy(pair) is pair
+    assert codec.normal("int4/int4", field="x") == "int4"
+    assert codec.normal("int4/auto", field="x") == "int4/auto"
+
+
+@pytest.mark.parametrize("spec", ["", "fp8/", "/int4", "fp8/int4/int8", "fp8,int4", "FP8", None, 8])
+def test_what_is_no_codec_and_no_pair_of_them_is_refused_by_the_name_of_its_field(spec) -> None:
+    for call in (codec.split, codec.normal):
+        with pytest.raises(
+            ValueError,
+            match=f"window_dtype must be one of auto, bf16, fp8, int8, int4, or two of .*got {re.escape(repr(spec))}$",
+        ):
+            call(spec, field="window_dtype")
+
+
 def test_bits_per_number_count_the_scales() -> None:
+    assert codec.bits_per_number("fp8/int4", 128) == (8.125 + 4.25) / 2
     assert codec.bits_per_number("int4", 128) == 4.25
     assert codec.bits_per_number("fp8", 64) == 8.25
     assert codec.bits_per_number("auto", 64) == 16
@@ -262,18 +289,26 @@ def test_bad_names_and_dtypes_are_refused() -> None:
         assert codec.parse_dtype(name) is torch.bfloat16
 
 
-def attention_bound(x, name: str, scale: float) -> torch.Tensor:
+def attention_bound(x, spec: str, scale: float) -> torch.Tensor:
     """Per output channel [G, Dv]: tanh(half the largest score error) x (range of the values) + largest value error."""
-    key_error = bound(name, x.keys)[0].amax(1)
+    keys, values = codec.split(spec)
+    key_error = bound(keys, x.keys)[0].amax(1)
     score_error = scale * (x.query[0].abs() @ key_error[..., None]).amax((1, 2))
     spread = x.values[0].amax(1) - x.values[0].amin(1)
-    return torch.tanh(score_error / 2)[:, None] * spread + bound(name, x.values)[0].amax(1)
+    return torch.tanh(score_error / 2)[:, None] * spread + bound(values, x.values)[0].amax(1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_attention_over_stored_keys_and_values_stays_within_the_stated_bound(name) -> None:
+@pytest.mark.parametrize("evict", [True, False], ids=["retrieval", "kept"])
+@pytest.mark.parametrize("name", [*NAMES, "fp8/int4", "int4/fp8", "int8/bf16", "bf16/int4"])
+def test_attention_over_stored_keys_and_values_stays_within_the_stated_bound(
+    name: str, evict: bool
+) -> None:
+    """Of retrieval heads, and of streaming heads that keep every token: both are held against all of the context."""
     x = inputs(200, kv_heads=2, dim=64)
-    policy = HeadPolicy.from_heads(retrieval=[[0, 1]], num_kv_heads=2, retrieval_dtype=name)
+    policy = HeadPolicy.from_heads(
+        retrieval=[[0, 1] if evict else []], num_kv_heads=2, sink=0, recent=1, evict=evict,
+        **{"retrieval_dtype" if evict else "streaming_dtype": name},
+    )  # fmt: skip
     causal = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril()
     truth = dense(x.query, x.keys, x.values, causal, scale=0.125)[0].transpose(0, 1)
     error = (without_cache(policy, x)[0].transpose(0, 1) - truth).abs().amax(1)
@@ -287,7 +322,11 @@ def test_more_bits_make_a_smaller_attention_error() -> None:
     causal = torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
     truth = dense(x.query, x.keys, x.values, causal, scale=0.125)
     errors = {}
-    for name in NAMES:
+    for name in (*NAMES, "fp8/int4", "int4/fp8"):
         policy = HeadPolicy.from_heads(retrieval=[[0, 1]], num_kv_heads=2, retrieval_dtype=name)
         errors[name] = (without_cache(policy, x) - truth).pow(2).mean().sqrt().item()
     assert errors["bf16"] < errors["int8"] < errors["fp8"] < errors["int4"] < 0.1
+    # The coarser side decides, and it matters little which side that is.
+    mixed = sorted((errors["fp8/int4"], errors["int4/fp8"]))
+    assert errors["fp8"] < mixed[0] <= mixed[1] < errors["int4"]
+    assert mixed[1] < 1.3 * mixed[0]

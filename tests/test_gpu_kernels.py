@@ -58,13 +58,14 @@ class Family:
     softcap: float | None = None
     logits: bool = False
     window: bool = False
+    evict: bool = True
     padded: bool = False
     sinks: tuple[int, ...] = SINKS
     new: int = 1
 
     def __str__(self) -> str:
         names = ("static", "softcap", "logits", "window", "padded")
-        marks = [name for name in names if getattr(self, name)]
+        marks = [name for name in names if getattr(self, name)] + ["keep"] * (not self.evict)
         dtype = str(self.dtype).removeprefix("torch.")
         marks = [dtype, f"d{self.dim}", f"group{self.group}", self.heads, *self.codecs, *marks]
         return "-".join(marks + [f"new{self.new}"] * (self.new > 1))
@@ -74,6 +75,7 @@ class Family:
         policy = make_policy(
             self.heads, draw.choice((2, 3, 5)), seed=draw.randrange(99), sink=draw.choice(self.sinks),
             recent=draw.choice(RECENT), retrieval_dtype=self.codecs[0], streaming_dtype=self.codecs[1],
+            window_dtype=self.codecs[0], evict=self.evict,
         )  # fmt: skip
         if not self.window:
             return policy
@@ -143,6 +145,12 @@ DECODE = [
     Family(BF16, 256, 2, codecs=("int4", "int4"), window=True),
     Family(FP16, 64, 4, codecs=("fp8", "auto"), window=True, static=True, padded=True, new=2),
     Family(FP32, 64, 2, codecs=("auto", "fp8")),
+    Family(BF16, 128, 4, codecs=("fp8/int4", "int4/fp8"), static=True, padded=True),
+    Family(BF16, 128, 4, codecs=("fp8", "fp8/int4"), static=True, padded=True, evict=False),
+    Family(BF16, 128, 2, codecs=("auto/int4", "int8/auto"), new=3, evict=False),
+    Family(FP16, 96, 7, codecs=("int4/int8", "fp8/auto"), value_dim=80, padded=True),
+    Family(BF16, 256, 2, codecs=("int4/fp8", "int8/int4"), window=True, static=True, new=4),
+    Family(FP32, 128, 1, codecs=("int8/fp8", "int4/auto"), heads="random"),
 ]
 
 
@@ -183,6 +191,7 @@ PREFILL = [
         FP16, 80, 2, heads="none", value_dim=112, codecs=("fp8", "auto"), sinks=(1, 64), new=LARGE
     ),
     Family(BF16, 128, 8, codecs=("int8", "auto"), padded=True, sinks=(4,), new=SMALL),
+    Family(BF16, 128, 4, codecs=("fp8/int4", "int4/auto"), padded=True, new=LARGE, evict=False),
 ]
 
 
@@ -297,14 +306,20 @@ class explained:
             error.add_note(self.case)
 
 
+@pytest.mark.parametrize(
+    "storage",
+    [("fp8", "int4", True), ("fp8/int4", "int4/int8", True), ("fp8", "fp8/int4", False)],
+    ids=["equal", "mixed", "keep"],
+)
 @pytest.mark.parametrize("padding", [None, (0, 9)], ids=["unpadded", "padded"])
-def test_600_steps_in_a_cuda_graph_keep_the_error_budget(padding) -> None:
+def test_600_steps_in_a_cuda_graph_keep_the_error_budget(padding, storage) -> None:
     """Append and decode of one step are captured once; lengths, ring places and the floor move on the device."""
     prompt, steps = 40, 600
-    family = Family(BF16, 128, 4, codecs=("fp8", "int4"), static=True)
+    retrieval, streaming, evict = storage
+    family = Family(BF16, 128, 4, codecs=(retrieval, streaming), static=True)
     policy = make_policy(
-        "alternating", 4, sink=4, recent=64, retrieval_dtype="fp8", streaming_dtype="int4"
-    )
+        "alternating", 4, sink=4, recent=64, retrieval_dtype=retrieval, streaming_dtype=streaming, evict=evict
+    )  # fmt: skip
     x = family.inputs(random.Random(0), prompt + steps, 4)
     x = replace(x, query=x.query[:1], keys=x.keys[:1], values=x.values[:1])
     if padding is not None:
@@ -336,8 +351,9 @@ def test_600_steps_in_a_cuda_graph_keep_the_error_budget(padding) -> None:
         outs.append(out.clone())
     assert layer.length == prompt + steps
     hold(torch.cat(outs, 1), policy, x, queries=slice(prompt, None), scale=128**-0.5)
-    ring = next(kind.store for kind in layer.kinds if kind.spec.ring is not None)
-    assert ring.floor == prompt + steps - ring.ring
+    rings = [kind.store for kind in layer.kinds if kind.spec.ring is not None]
+    assert len(rings) == evict
+    assert all(ring.floor == prompt + steps - ring.ring for ring in rings)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
@@ -353,7 +369,9 @@ def test_appended_bits_are_those_of_the_stores_in_pytorch(dtype: torch.dtype) ->
         rows, sink, ring = draw.choice((1, 3)), draw.choice(SINKS), draw.choice((1, 30, 64, 300))
         size = torch.logspace(-5, 4, 900)[:, None]
         keys, values = ((torch.randn(rows, 4, 900, 128) * size).to(dtype) for _ in "kv")
-        first, second = draw.choice((("auto", "int4"), ("fp8", "int8"), ("int4", "fp8")))
+        first, second = draw.choice(
+            (("auto", "int4"), ("fp8", "int8"), ("fp8/int4", "int4/auto"), ("int8/fp8", "int4"))
+        )
         kinds = [
             twins(first, (keys, values), lambda c, p: StaticStore(c, p, max_length=900), torch.tensor([0, 3])),
             twins(

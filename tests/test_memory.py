@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duohead.cache import DuoCache
-from duohead.policy import HeadPolicy, capacity
+from duohead.policy import HeadPolicy
+from duohead.storage import capacity
 
 LONG = 65536
 MIB = 1 << 20

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from transformers import DynamicCache, Gemma2Config, LlamaConfig
 
 from duohead.cache import DuoCache
-from duohead.policy import MAX_STEP, HeadPolicy, LayerPolicy, Store, capacity
+from duohead.policy import HeadPolicy, LayerPolicy
+from duohead.storage import MAX_STEP, Store, capacity
 
 DTYPES = ("auto", "bf16", "fp8", "int8", "int4")
 
@@ -43,7 +45,23 @@ def two_layers(**fields) -> HeadPolicy:
         ),
         (
             {"retrieval_dtype": "fp4"},
-            "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, got 'fp4'",
+            "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, or two of them as KEYS/VALUES such as "
+            "'fp8/int4', got 'fp4'",
+        ),
+        (
+            {"retrieval_dtype": "fp8/int4/int8"},
+            "retrieval_dtype must be one of .*got 'fp8/int4/int8'",
+        ),
+        ({"streaming_dtype": "fp8/"}, "streaming_dtype must be one of .*got 'fp8/'"),
+        ({"window_dtype": "int4 / int4"}, "window_dtype must be one of .*got 'int4 / int4'"),
+        ({"evict": 0}, "evict must be True or False, got 0"),
+        (
+            {"evict": False, "prefill_recent": 256},
+            "prefill_recent must be None with evict=False.*got 256; leave one of the two out",
+        ),
+        (
+            {"evict": False, "visibility": "chunk"},
+            "visibility must be 'token' with evict=False.*got 'chunk'; leave one of the two out",
         ),
         ({"streaming_dtype": "float8"}, "streaming_dtype must be one of .*got 'float8'"),
         ({"window_dtype": None}, "window_dtype must be one of .*got None"),
@@ -140,6 +158,22 @@ def test_the_digest_is_stable_between_versions() -> None:
     assert two_layers().digest() == "b0bfb92228e5"
 
 
+def test_a_policy_that_keeps_all_travels_too_and_has_another_digest() -> None:
+    policy = two_layers(evict=False, retrieval_dtype="fp8/int4", streaming_dtype="int4/int4")
+    assert policy.streaming_dtype == "int4"
+    assert policy == two_layers(evict=False, retrieval_dtype="fp8/int4", streaming_dtype="int4")
+    again = HeadPolicy.from_dict(json.loads(policy.to_json()))
+    assert again == policy
+    assert not again.evict
+    assert again.with_retrieval([[1], []]).retrieval_dtype == "fp8/int4"
+    assert not again.bind(config()).evict
+    evicting = replace(policy, evict=True)
+    assert "evict" in policy.to_dict()
+    assert "evict" not in evicting.to_dict()
+    assert HeadPolicy.from_dict(evicting.to_dict()) == evicting
+    assert evicting.digest() != policy.digest()
+
+
 def test_unknown_fields_in_json_are_refused() -> None:
     fields = two_layers().to_dict() | {"sinks": 4}
     with pytest.raises(ValueError, match=r"policy has unknown fields \['sinks'\]; known are"):
@@ -195,9 +229,10 @@ def test_predicted_bytes_are_the_allocated_bytes(retrieval, streaming, static) -
     for tokens in [*draw.sample(range(1, 5001), 3), 1, 16, 65]:
         policy = HeadPolicy.from_heads(
             retrieval=[[0], [1, 0], [], [1]], num_kv_heads=2, windows=[None, None, None, 40],
-            sink=draw.choice((0, 1, 64)), recent=draw.choice((1, 63, 256)),
-            prefill_recent=draw.choice((None, 300)), retrieval_dtype=retrieval, streaming_dtype=streaming,
-            window_dtype=draw.choice(DTYPES),
+            sink=draw.choice((0, 1, 64)), recent=draw.choice((1, 63, 256)), evict=(evict := draw.random() < 0.7),
+            prefill_recent=draw.choice((None, 300)) if evict else None,
+            retrieval_dtype=f"{retrieval}/{draw.choice(DTYPES)}",
+            streaming_dtype=f"{draw.choice(DTYPES)}/{streaming}", window_dtype=draw.choice(DTYPES),
         )  # fmt: skip
         batch, rollback = draw.randint(1, 3), draw.choice((0, 5, 128))
         dtype = draw.choice((torch.float32, torch.bfloat16))
@@ -300,18 +335,30 @@ def test_binding_takes_the_models_windows_and_refuses_others() -> None:
         bound.bind(config())
 
 
+def everything(*heads: int, dtype: str, ring: int | None = None, kind="retrieval") -> Store:
+    return Store(kind, heads, dtype, 0, ring, sees_all=True)
+
+
 def test_a_policy_says_what_each_layer_stores() -> None:
     policy = HeadPolicy.from_heads(
         retrieval=[[0], [], [0, 1], [1], []], num_kv_heads=[2, 2, 2, 2, 0], windows=[None, None, None, 16, None],
         sink=4, recent=32, prefill_recent=48, retrieval_dtype="fp8", streaming_dtype="int4", window_dtype="bf16",
     )  # fmt: skip
     assert [list(policy.stores(index)) for index in range(5)] == [
-        [Store("retrieval", (0,), "fp8", 0, None), Store("streaming", (1,), "int4", 4, 48)],
-        [Store("streaming", (0, 1), "int4", 4, 48)],
-        [Store("retrieval", (0, 1), "fp8", 0, None)],
-        [Store("retrieval", (1,), "bf16", 0, 16), Store("streaming", (0,), "int4", 4, 16)],
+        [everything(0, dtype="fp8"), Store("streaming", (1,), "int4", 4, 48, sees_all=False)],
+        [Store("streaming", (0, 1), "int4", 4, 48, sees_all=False)],
+        [everything(0, 1, dtype="fp8")],
+        [
+            everything(1, dtype="bf16", ring=16),
+            Store("streaming", (0,), "int4", 4, 16, sees_all=False),
+        ],
         [],
     ]
+    kept = replace(policy, evict=False, prefill_recent=None)
+    assert [store for index in (0, 3) for store in kept.stores(index)] == [
+        everything(0, dtype="fp8"), everything(1, dtype="int4", kind="streaming"),
+        everything(1, dtype="bf16", ring=16), everything(0, dtype="int4", ring=16, kind="streaming"),
+    ]  # fmt: skip
 
 
 def test_policies_are_frozen() -> None:

@@ -41,7 +41,7 @@ def run(
     return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("storage", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["auto", "int8/fp8", "int4"])
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("padding", [None, (0, 5)], ids=["", "padded"])
 def test_single_tokens_after_a_prefill_equal_the_oracle(
@@ -58,6 +58,20 @@ def test_single_tokens_after_a_prefill_equal_the_oracle(
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_heads_that_keep_all_decode_from_storage_whatever_the_number_of_tokens(
+    static: bool,
+) -> None:
+    policy = make_policy(
+        "alternating", 2, sink=0, recent=1, evict=False, streaming_dtype="int4/int8"
+    )
+    x = inputs(30, kv_heads=2, groups=2, dim=16, padding=(0, 4), dtype=torch.float16)
+    layer = DuoLayer(policy, 0, max_length=30 if static else None)
+    layer.lazy_initialization(x.keys[:, :, :0].to(DEVICE), x.values[:, :, :0].to(DEVICE))
+    assert can_append(layer, 8)
+    hold(run(policy, x, [12, 1, 8, 3, 6], layer=layer), policy, x)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_a_few_tokens_at_a_time_equal_the_oracle_with_and_without_room_in_the_ring(
     static: bool,
 ) -> None:
@@ -71,7 +85,7 @@ def test_a_few_tokens_at_a_time_equal_the_oracle_with_and_without_room_in_the_ri
         hold(run(policy, x, split(30, 5), layer=layer), policy, x)
 
 
-@pytest.mark.parametrize("storage", [("int8", "int4"), ("fp8", "auto")])
+@pytest.mark.parametrize("storage", [("int8", "int4"), ("fp8", "auto"), ("fp8/int4", "auto/int8")])
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("padding", [None, (0, 5)], ids=["", "padded"])
 def test_chunks_stored_by_the_kernel_are_those_stored_by_the_codecs(

@@ -32,7 +32,7 @@ fp16, fp32 = pytest.param(torch.float16, id="fp16"), pytest.param(torch.float32,
 class Case:
     """One call: a policy of ``kind`` over ``kv_heads`` heads, ``length`` tokens of which the last ``count`` are asked.
 
-    Retrieval heads with a window have a ring if ``segments`` is 1, as in the cache, else a store of every token.
+    Heads that see all of a window have a ring if ``segments`` is 1, as in the cache, else a store of every token.
     """
 
     length: int = 200
@@ -49,6 +49,7 @@ class Case:
     streaming: str = "auto"
     sink: int = 4
     recent: int = 63
+    evict: bool = True
     slack: int = 0
     window: int | None = None
     segments: int = 1
@@ -65,7 +66,8 @@ class Case:
     def policy(self) -> HeadPolicy:
         policy = make_policy(
             self.kind, self.kv_heads, sink=self.sink, recent=self.recent,
-            retrieval_dtype=self.retrieval, streaming_dtype=self.streaming,
+            retrieval_dtype=self.retrieval, window_dtype=self.retrieval, streaming_dtype=self.streaming,
+            evict=self.evict,
         )  # fmt: skip
         if self.window is None:
             return policy
@@ -102,10 +104,10 @@ def views_of(case: Case, x: Inputs, policy: HeadPolicy) -> list[StoredView]:
     views = []
     for spec in policy.stores(0):
         heads = list(spec.heads)
-        storage = codec.get(spec.dtype, native=case.dtype)
-        sides = [storage.encode(tensor[:, heads]) for tensor in (x.keys, x.values)]
+        storage = codec.pair(spec.dtype, native=case.dtype)
+        sides = storage.keys.encode(x.keys[:, heads]), storage.values.encode(x.values[:, heads])
         reach, slots = spec.ring, None
-        if spec.ring is None or (case.segments > 1 and spec.kind == "retrieval"):
+        if spec.ring is None or (case.segments > 1 and spec.sees_all):
             room = case.length + case.room
             bounds = [room * part // case.segments for part in range(case.segments + 1)]
             segments = [
@@ -120,8 +122,8 @@ def views_of(case: Case, x: Inputs, policy: HeadPolicy) -> list[StoredView]:
         views.append(
             StoredView(
                 heads=None if len(heads) == case.kv_heads else torch.tensor(heads, device=DEVICE),
-                codec=storage.name, segments=tuple(segments), sink=spec.sink, ring=slots, reach=reach,
-                window=case.window,
+                codecs=(storage.keys.name, storage.values.name), segments=tuple(segments), sink=spec.sink,
+                ring=slots, reach=reach, window=case.window,
                 tokens=torch.tensor(case.length, device=DEVICE) if case.on_device else case.length,
                 padding=None if x.padding is None else padding.to(DEVICE),
             )

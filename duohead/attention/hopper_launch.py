@@ -83,12 +83,25 @@ class Reads:
     reach: int
 
 
-@functools.cache
 def missing(index: int) -> str | None:
     """What CUDA device ``index`` lacks to compile and load a kernel, with the remedy; None if nothing.
 
-    One empty kernel is compiled and loaded, once: NVRTC may not be there, or be newer than the driver.
+    One empty kernel is compiled and loaded, once: NVRTC may not be there, or be newer than the driver. A full device
+    says nothing about either, so that answer is not kept and the next call tries again.
     """
+    try:
+        return _lacking(index)
+    except _FullError as error:
+        return f"there was no memory left to load a trial kernel ({error}); free some, or use impl='triton'"
+
+
+class _FullError(RuntimeError):
+    """A trial that ended for want of memory."""
+
+
+@functools.cache
+def _lacking(index: int) -> str | None:
+    """`missing`, as far as it stays so."""
     try:
         found = importlib.util.find_spec("cuda.bindings.nvrtc")
     except ModuleNotFoundError:  # its parent is not there
@@ -98,6 +111,8 @@ def missing(index: int) -> str | None:
     try:
         _load(_compile('extern "C" __global__ void trial() {}'), b"trial", index)
     except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "OUT_OF_MEMORY" in str(error):
+            raise _FullError(" ".join(str(error).split())) from error
         return (
             f"a trial kernel cannot be compiled and loaded ({' '.join(str(error).split())}); install an "
             f"nvidia-cuda-nvrtc that the driver supports, or use impl='triton'"

@@ -54,8 +54,9 @@ def supports(
     sizes = {query.shape[3], value_dim or query.shape[3], *(value_size(view) for view in views)}
     if any(size % 4 or size > MAX_HEAD_SIZE for size in sizes):
         return f"the head size must be a multiple of 4 up to {MAX_HEAD_SIZE}, got {max(sizes)}"
-    if any(view.codec not in NATIVE and view.codec not in NUMBERS for view in views):
-        return f"the kernel reads {', '.join((*NATIVE, *NUMBERS))}, not {[v.codec for v in views]}"
+    names = [name for view in views for name in view.codecs]
+    if any(name not in NATIVE and name not in NUMBERS for name in names):
+        return f"the kernel reads {', '.join((*NATIVE, *NUMBERS))}, not {names}"
     return None
 
 
@@ -172,7 +173,7 @@ def _plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
         torch.is_grad_enabled() and query.requires_grad,
         *(
             (
-                view.codec, view.ring, view.sink, view.reach, isinstance(view.tokens, Tensor),
+                view.codecs, view.ring, view.sink, view.reach, isinstance(view.tokens, Tensor),
                 *(
                     (part.shape, part.is_contiguous())
                     for segment in view.segments

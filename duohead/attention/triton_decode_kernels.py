@@ -29,11 +29,12 @@ def _tile(
     start, state_m, state_l, extra, top_scale, acc0, acc1, acc2, acc3,
     q0, q1, q2, q3, q_sum, key_scale, key_least, value_scale, value_least,
     seen, live, keys, keys_s, keys_m, values, values_s, values_m, factor, softcap,
-    MASKED: tl.constexpr, CODEC: tl.constexpr, FOLD: tl.constexpr, NUMBERS: tl.constexpr,
-    PRE: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, SHIFT: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, SHIFT: tl.constexpr,
     DTYPE: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-    KW: tl.constexpr, KW_PAD: tl.constexpr, KEY_GROUPS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    VW: tl.constexpr, VW_PAD: tl.constexpr, VALUE_GROUPS: tl.constexpr, VALUE_GROUP: tl.constexpr,
+    K_CODEC: tl.constexpr, K_FOLD: tl.constexpr, K_NUMBERS: tl.constexpr, K_PRE: tl.constexpr,
+    K_UNIT: tl.constexpr, KW: tl.constexpr, KW_PAD: tl.constexpr, K_GROUPS: tl.constexpr, K_GROUP: tl.constexpr,
+    V_CODEC: tl.constexpr, V_FOLD: tl.constexpr, V_NUMBERS: tl.constexpr, V_PRE: tl.constexpr,
+    VW: tl.constexpr, VW_PAD: tl.constexpr, V_GROUPS: tl.constexpr, V_GROUP: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the slots [start, start + BLOCK_N); ``seen`` [N, M] and ``live`` [N] only if MASKED."""
     slot = tl.arange(0, BLOCK_N)[:, None]
@@ -60,24 +61,24 @@ def _tile(
             v = tl.load(value_at, mask=value_live, other=0)
 
     s = tl.zeros([BLOCK_N, q0.shape[1]], dtype=tl.float32)
-    for j in tl.static_range(NUMBERS):
+    for j in tl.static_range(K_NUMBERS):
         scale, least = 0.0, 0.0
-        if not FOLD:
-            at = tl.cast(start, tl.int64) * KEY_GROUPS
-            scale = of_group(keys_s + at, slot, word, key_live, j, KEY_GROUPS, KEY_GROUP)
-            least = of_group(keys_m + at, slot, word, key_live, j, KEY_GROUPS, KEY_GROUP)
-        k_j = operand(k, scale, least, j, CODEC, FOLD, DTYPE, PTX)
+        if not K_FOLD:
+            at = tl.cast(start, tl.int64) * K_GROUPS
+            scale = of_group(keys_s + at, slot, word, key_live, j, K_GROUPS, K_GROUP)
+            least = of_group(keys_m + at, slot, word, key_live, j, K_GROUPS, K_GROUP)
+        k_j = operand(k, scale, least, j, K_CODEC, K_FOLD, DTYPE, PTX)
         q_j = q0 if j == 0 else (q1 if j == 1 else (q2 if j == 2 else q3))
         s = tl.dot(k_j, q_j, s, input_precision="ieee")
-    if CODEC == "native" or not FOLD:
+    if K_CODEC == "native" or not K_FOLD:
         s = s * factor
-    elif CODEC == "fp8":
-        s = s * (key_scale.to(tl.float32) * (factor / (PRE * UNIT)))[:, None]
-    elif CODEC == "int8":
+    elif K_CODEC == "fp8":
+        s = s * (key_scale.to(tl.float32) * (factor / (K_PRE * K_UNIT)))[:, None]
+    elif K_CODEC == "int8":
         # q_sum holds what the numbers' offset of 128 adds.
-        s = (s - q_sum[None, :]) * (key_scale.to(tl.float32) * (factor / (PRE * UNIT)))[:, None]
+        s = (s - q_sum[None, :]) * (key_scale.to(tl.float32) * (factor / (K_PRE * K_UNIT)))[:, None]
     else:
-        s = s * (key_scale.to(tl.float32) * (factor / (PRE * UNIT)))[:, None]
+        s = s * (key_scale.to(tl.float32) * (factor / (K_PRE * K_UNIT)))[:, None]
         s += q_sum[None, :] * (key_least.to(tl.float32) * factor)[:, None]
     if CAPPED:
         grown = tl.exp2(tl.abs(s) * (-2.8853900817779268 / softcap))
@@ -92,29 +93,29 @@ def _tile(
     fade = tl.exp2(state_m - m_safe)
     p = tl.exp2(s - (m_safe - SHIFT)[None, :])
     state_l = state_l * fade[None, :] + p
-    if CODEC != "native" and FOLD:
+    if V_CODEC != "native" and V_FOLD:
         weight = value_scale.to(tl.float32)
-        if CODEC == "int4":
+        if V_CODEC == "int4":
             extra = extra * fade[None, :] + p * value_least.to(tl.float32)[:, None]
         if tl.float16 == DTYPE:
             # fp16 has no room for weights times scales: keep the scales at most 1.
             top = tl.maximum(top_scale, tl.max(weight, 0))
             fade = fade * (top_scale / top)
             weight, top_scale = weight / top, top
-        p = p * (weight * PRE)[:, None]
+        p = p * (weight * V_PRE)[:, None]
     p = p.to(DTYPE)
-    for j in tl.static_range(NUMBERS):
+    for j in tl.static_range(V_NUMBERS):
         scale, least = 0.0, 0.0
-        if not FOLD:
-            at = tl.cast(start, tl.int64) * VALUE_GROUPS
+        if not V_FOLD:
+            at = tl.cast(start, tl.int64) * V_GROUPS
             scale = of_group(
-                values_s + at, value_slot, value_word, value_live, j, VALUE_GROUPS, VALUE_GROUP
+                values_s + at, value_slot, value_word, value_live, j, V_GROUPS, V_GROUP
             )
             least = of_group(
-                values_m + at, value_slot, value_word, value_live, j, VALUE_GROUPS, VALUE_GROUP
+                values_m + at, value_slot, value_word, value_live, j, V_GROUPS, V_GROUP
             )
-        v_j = operand(v, scale, least, j, CODEC, FOLD, DTYPE, PTX)
-        if CODEC == "int8":
+        v_j = operand(v, scale, least, j, V_CODEC, V_FOLD, DTYPE, PTX)
+        if V_CODEC == "int8":
             v_j = centred(v_j, DTYPE, PTX)
         if j == 0:
             acc0 = tl.dot(v_j, p, acc0 * fade[None, :], input_precision="ieee")
@@ -130,19 +131,21 @@ def _tile(
 @triton.jit
 def _scales_at(
     start, least_slot, slots, keys_s, keys_m, values_s, values_m,
-    CODEC: tl.constexpr, FOLD: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_CODEC: tl.constexpr, K_FOLD: tl.constexpr, V_CODEC: tl.constexpr, V_FOLD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scales and minima of the keys and of the values of one tile, each [N]; zeros where the codec has none."""
     slot = start + tl.arange(0, BLOCK_N)
     live = (slot >= least_slot) & (slot < slots)
     key_scale = tl.zeros([BLOCK_N], dtype=tl.float16)
     key_least, value_scale, value_least = key_scale, key_scale, key_scale
-    if CODEC != "native" and FOLD:
+    if K_CODEC != "native" and K_FOLD:
         key_scale = tl.load(keys_s + slot, mask=live, other=0.0)
+    if V_CODEC != "native" and V_FOLD:
         value_scale = tl.load(values_s + slot, mask=live, other=0.0)
-        if CODEC == "int4":
-            key_least = tl.load(keys_m + slot, mask=live, other=0.0)
-            value_least = tl.load(values_m + slot, mask=live, other=0.0)
+    if K_CODEC == "int4" and K_FOLD:
+        key_least = tl.load(keys_m + slot, mask=live, other=0.0)
+    if V_CODEC == "int4" and V_FOLD:
+        value_least = tl.load(values_m + slot, mask=live, other=0.0)
     return key_scale, key_least, value_scale, value_least
 
 
@@ -175,11 +178,12 @@ def _attend_split(
     heads, keys, keys_s, keys_m, values, values_s, values_m, tokens, padding, floor,
     first, slots, groups, splits, slot_offset, split_total, row_offset, sink, ring, reach, window,
     factor, softcap, ROWS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ON_DEVICE: tl.constexpr, RING: tl.constexpr,
-    CODEC: tl.constexpr, FOLD: tl.constexpr, NUMBERS: tl.constexpr, PRE: tl.constexpr, UNIT: tl.constexpr,
-    CAPPED: tl.constexpr, SHIFT: tl.constexpr, PTX: tl.constexpr, KW: tl.constexpr, KW_PAD: tl.constexpr,
-    KEY_GROUPS: tl.constexpr, KEY_GROUP: tl.constexpr, VW: tl.constexpr, VW_PAD: tl.constexpr,
-    VALUE_GROUPS: tl.constexpr, VALUE_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, SHIFT: tl.constexpr, PTX: tl.constexpr,
+    ON_DEVICE: tl.constexpr, RING: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    K_CODEC: tl.constexpr, K_FOLD: tl.constexpr, K_NUMBERS: tl.constexpr, K_PRE: tl.constexpr,
+    K_UNIT: tl.constexpr, KW: tl.constexpr, KW_PAD: tl.constexpr, K_GROUPS: tl.constexpr, K_GROUP: tl.constexpr,
+    V_CODEC: tl.constexpr, V_FOLD: tl.constexpr, V_NUMBERS: tl.constexpr, V_PRE: tl.constexpr,
+    V_UNIT: tl.constexpr, VW: tl.constexpr, VW_PAD: tl.constexpr, V_GROUPS: tl.constexpr, V_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head of one view: its softmax maximum and sum, and its weighted values."""
     DTYPE: tl.constexpr = query.dtype.element_ty
@@ -220,37 +224,39 @@ def _attend_split(
 
     head = group if heads is None else tl.load(heads + group)
     query += batch * stride_b + head.to(tl.int64) * GROUP * stride_h
-    q0 = _query_part(query, stride_h, stride_q, row, 0, GROUP, ROWS, NUMBERS, KW, KW_PAD)
+    q0 = _query_part(query, stride_h, stride_q, row, 0, GROUP, ROWS, K_NUMBERS, KW, KW_PAD)
     q1, q2, q3, q_sum = q0, q0, q0, 0.0
-    if NUMBERS > 1:
-        q1 = _query_part(query, stride_h, stride_q, row, 1, GROUP, ROWS, NUMBERS, KW, KW_PAD)
-    if NUMBERS > 2:
-        q2 = _query_part(query, stride_h, stride_q, row, 2, GROUP, ROWS, NUMBERS, KW, KW_PAD)
-        q3 = _query_part(query, stride_h, stride_q, row, 3, GROUP, ROWS, NUMBERS, KW, KW_PAD)
-    if CODEC == "int4" and FOLD:
+    if K_NUMBERS > 1:
+        q1 = _query_part(query, stride_h, stride_q, row, 1, GROUP, ROWS, K_NUMBERS, KW, KW_PAD)
+    if K_NUMBERS > 2:
+        q2 = _query_part(query, stride_h, stride_q, row, 2, GROUP, ROWS, K_NUMBERS, KW, KW_PAD)
+        q3 = _query_part(query, stride_h, stride_q, row, 3, GROUP, ROWS, K_NUMBERS, KW, KW_PAD)
+    if K_CODEC == "int4" and K_FOLD:
         q_sum = tl.sum(
             q0.to(tl.float32) + q1.to(tl.float32) + q2.to(tl.float32) + q3.to(tl.float32), 0
         )
         ODD: tl.constexpr = 1.0 if tl.float32 == DTYPE else 0.0625
         q1 = (q1.to(tl.float32) * ODD).to(DTYPE)
         q3 = (q3.to(tl.float32) * ODD).to(DTYPE)
-    if CODEC == "int8":
-        q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 0) * (128.0 * PRE * UNIT)
-    if PRE != 1.0:
-        q0 = (q0.to(tl.float32) * PRE).to(DTYPE)
-        q1 = (q1.to(tl.float32) * PRE).to(DTYPE)
-        q2 = (q2.to(tl.float32) * PRE).to(DTYPE)
-        q3 = (q3.to(tl.float32) * PRE).to(DTYPE)
+    if K_CODEC == "int8":
+        q_sum = tl.sum(q0.to(tl.float32) + q1.to(tl.float32), 0) * (128.0 * K_PRE * K_UNIT)
+    if K_PRE != 1.0:
+        q0 = (q0.to(tl.float32) * K_PRE).to(DTYPE)
+        q1 = (q1.to(tl.float32) * K_PRE).to(DTYPE)
+        q2 = (q2.to(tl.float32) * K_PRE).to(DTYPE)
+        q3 = (q3.to(tl.float32) * K_PRE).to(DTYPE)
 
     skip = base * slots
-    if CODEC != "native":
+    if K_CODEC != "native":
         keys = keys.to(tl.pointer_type(tl.uint16), bitcast=True)
+        keys_s += skip * K_GROUPS
+    if V_CODEC != "native":
         values = values.to(tl.pointer_type(tl.uint16), bitcast=True)
-        keys_s += skip * KEY_GROUPS
-        values_s += skip * VALUE_GROUPS
-    if CODEC == "int4":
-        keys_m += skip * KEY_GROUPS
-        values_m += skip * VALUE_GROUPS
+        values_s += skip * V_GROUPS
+    if K_CODEC == "int4":
+        keys_m += skip * K_GROUPS
+    if V_CODEC == "int4":
+        values_m += skip * V_GROUPS
     keys += skip * KW
     values += skip * VW
 
@@ -272,20 +278,23 @@ def _attend_split(
 
     if not RING:
         ks, km, vs, vm = _scales_at(
-            full_low * BLOCK_N, 0, slots, keys_s, keys_m, values_s, values_m, CODEC, FOLD, BLOCK_N
-        )
+            full_low * BLOCK_N, 0, slots, keys_s, keys_m, values_s, values_m,
+            K_CODEC, K_FOLD, V_CODEC, V_FOLD, BLOCK_N,
+        )  # fmt: skip
         for tile in tl.range(full_low, full_high, num_stages=STAGES):
             # Rows of 16-bit scales are too short for asynchronous copies, so they are fetched one tile ahead.
             ahead = tl.minimum(tile + 1, full_high - 1) * BLOCK_N
             ks1, km1, vs1, vm1 = _scales_at(
-                ahead, 0, slots, keys_s, keys_m, values_s, values_m, CODEC, FOLD, BLOCK_N
-            )
+                ahead, 0, slots, keys_s, keys_m, values_s, values_m,
+                K_CODEC, K_FOLD, V_CODEC, V_FOLD, BLOCK_N,
+            )  # fmt: skip
             m, l, extra, top_scale, acc0, acc1, acc2, acc3 = _tile(  # noqa: E741
                 tile * BLOCK_N, m, l, extra, top_scale, acc0, acc1, acc2, acc3,
                 q0, q1, q2, q3, q_sum, ks, km, vs, vm, None, None,
                 keys, keys_s, keys_m, values, values_s, values_m, factor, softcap,
-                False, CODEC, FOLD, NUMBERS, PRE, UNIT, CAPPED, SHIFT, DTYPE, PTX, BLOCK_N,
-                KW, KW_PAD, KEY_GROUPS, KEY_GROUP, VW, VW_PAD, VALUE_GROUPS, VALUE_GROUP,
+                False, CAPPED, SHIFT, DTYPE, PTX, BLOCK_N,
+                K_CODEC, K_FOLD, K_NUMBERS, K_PRE, K_UNIT, KW, KW_PAD, K_GROUPS, K_GROUP,
+                V_CODEC, V_FOLD, V_NUMBERS, V_PRE, VW, VW_PAD, V_GROUPS, V_GROUP,
             )  # fmt: skip
             ks, km, vs, vm = ks1, km1, vs1, vm1
 
@@ -304,36 +313,38 @@ def _attend_split(
             back = row_position[None, :] - (first + slot - pad)[:, None]
             seen = live[:, None] & (back >= 0) & (back < limit)
         ks, km, vs, vm = _scales_at(
-            tile * BLOCK_N, low, high, keys_s, keys_m, values_s, values_m, CODEC, FOLD, BLOCK_N
-        )
+            tile * BLOCK_N, low, high, keys_s, keys_m, values_s, values_m,
+            K_CODEC, K_FOLD, V_CODEC, V_FOLD, BLOCK_N,
+        )  # fmt: skip
         m, l, extra, top_scale, acc0, acc1, acc2, acc3 = _tile(  # noqa: E741
             tile * BLOCK_N, m, l, extra, top_scale, acc0, acc1, acc2, acc3,
             q0, q1, q2, q3, q_sum, ks, km, vs, vm, seen, live,
             keys, keys_s, keys_m, values, values_s, values_m, factor, softcap,
-            True, CODEC, FOLD, NUMBERS, PRE, UNIT, CAPPED, SHIFT, DTYPE, PTX, BLOCK_N,
-            KW, KW_PAD, KEY_GROUPS, KEY_GROUP, VW, VW_PAD, VALUE_GROUPS, VALUE_GROUP,
+            True, CAPPED, SHIFT, DTYPE, PTX, BLOCK_N,
+            K_CODEC, K_FOLD, K_NUMBERS, K_PRE, K_UNIT, KW, KW_PAD, K_GROUPS, K_GROUP,
+            V_CODEC, V_FOLD, V_NUMBERS, V_PRE, VW, VW_PAD, V_GROUPS, V_GROUP,
         )  # fmt: skip
 
     tl.store(stat, m - SHIFT, mask=row < ROWS)
     tl.store(stat + 1, tl.sum(l, 0), mask=row < ROWS)
     even, odd = 1.0, 1.0
-    if CODEC != "native" and FOLD:
-        even = 1.0 / (PRE * UNIT)
+    if V_CODEC != "native" and V_FOLD:
+        even = 1.0 / (V_PRE * V_UNIT)
         odd = even
         if tl.float16 == DTYPE:
             even, odd = even * top_scale, odd * top_scale
-        if CODEC == "int4":
+        if V_CODEC == "int4":
             odd = even if tl.float32 == DTYPE else even * 0.0625
     add = 0.0
-    if CODEC == "int4" and FOLD:
+    if V_CODEC == "int4" and V_FOLD:
         add = tl.sum(extra, 0)[None, :]
-    acc_out += place * (NUMBERS * VW)
-    _put(acc_out, row, ROWS, acc0 * even + add, 0, NUMBERS, VW, VW_PAD)
-    if NUMBERS > 1:
-        _put(acc_out, row, ROWS, acc1 * odd + add, 1, NUMBERS, VW, VW_PAD)
-    if NUMBERS > 2:
-        _put(acc_out, row, ROWS, acc2 * even + add, 2, NUMBERS, VW, VW_PAD)
-        _put(acc_out, row, ROWS, acc3 * odd + add, 3, NUMBERS, VW, VW_PAD)
+    acc_out += place * (V_NUMBERS * VW)
+    _put(acc_out, row, ROWS, acc0 * even + add, 0, V_NUMBERS, VW, VW_PAD)
+    if V_NUMBERS > 1:
+        _put(acc_out, row, ROWS, acc1 * odd + add, 1, V_NUMBERS, VW, VW_PAD)
+    if V_NUMBERS > 2:
+        _put(acc_out, row, ROWS, acc2 * even + add, 2, V_NUMBERS, VW, VW_PAD)
+        _put(acc_out, row, ROWS, acc3 * odd + add, 3, V_NUMBERS, VW, VW_PAD)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -345,16 +356,20 @@ def split_kernel(
     first1, slots1, groups1, splits1, offset1, total1, start1, sink1, ring1, reach1, window1,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, SHIFT: tl.constexpr,
     PTX: tl.constexpr, EARLY: tl.constexpr, BOTH: tl.constexpr,
-    ON_DEVICE0: tl.constexpr, RING0: tl.constexpr, CODEC0: tl.constexpr,
-    FOLD0: tl.constexpr, NUMBERS0: tl.constexpr, PRE0: tl.constexpr, UNIT0: tl.constexpr,
-    KW0: tl.constexpr, KW_PAD0: tl.constexpr, KEY_GROUPS0: tl.constexpr, KEY_GROUP0: tl.constexpr,
-    VW0: tl.constexpr, VW_PAD0: tl.constexpr, VALUE_GROUPS0: tl.constexpr, VALUE_GROUP0: tl.constexpr,
-    BLOCK_N0: tl.constexpr, STAGES0: tl.constexpr,
-    ON_DEVICE1: tl.constexpr, RING1: tl.constexpr, CODEC1: tl.constexpr,
-    FOLD1: tl.constexpr, NUMBERS1: tl.constexpr, PRE1: tl.constexpr, UNIT1: tl.constexpr,
-    KW1: tl.constexpr, KW_PAD1: tl.constexpr, KEY_GROUPS1: tl.constexpr, KEY_GROUP1: tl.constexpr,
-    VW1: tl.constexpr, VW_PAD1: tl.constexpr, VALUE_GROUPS1: tl.constexpr, VALUE_GROUP1: tl.constexpr,
-    BLOCK_N1: tl.constexpr, STAGES1: tl.constexpr,
+    ON_DEVICE0: tl.constexpr, RING0: tl.constexpr, BLOCK_N0: tl.constexpr, STAGES0: tl.constexpr,
+    K_CODEC0: tl.constexpr, K_FOLD0: tl.constexpr, K_NUMBERS0: tl.constexpr, K_PRE0: tl.constexpr,
+    K_UNIT0: tl.constexpr, KW0: tl.constexpr, KW_PAD0: tl.constexpr, K_GROUPS0: tl.constexpr,
+    K_GROUP0: tl.constexpr,
+    V_CODEC0: tl.constexpr, V_FOLD0: tl.constexpr, V_NUMBERS0: tl.constexpr, V_PRE0: tl.constexpr,
+    V_UNIT0: tl.constexpr, VW0: tl.constexpr, VW_PAD0: tl.constexpr, V_GROUPS0: tl.constexpr,
+    V_GROUP0: tl.constexpr,
+    ON_DEVICE1: tl.constexpr, RING1: tl.constexpr, BLOCK_N1: tl.constexpr, STAGES1: tl.constexpr,
+    K_CODEC1: tl.constexpr, K_FOLD1: tl.constexpr, K_NUMBERS1: tl.constexpr, K_PRE1: tl.constexpr,
+    K_UNIT1: tl.constexpr, KW1: tl.constexpr, KW_PAD1: tl.constexpr, K_GROUPS1: tl.constexpr,
+    K_GROUP1: tl.constexpr,
+    V_CODEC1: tl.constexpr, V_FOLD1: tl.constexpr, V_NUMBERS1: tl.constexpr, V_PRE1: tl.constexpr,
+    V_UNIT1: tl.constexpr, VW1: tl.constexpr, VW_PAD1: tl.constexpr, V_GROUPS1: tl.constexpr,
+    V_GROUP1: tl.constexpr,
 ):  # fmt: skip
     """Programs [0, programs0) do the first view, the rest the second one, whose argument names end with 1."""
     if EARLY:
@@ -367,16 +382,16 @@ def split_kernel(
             pid, query, stride_b, stride_h, stride_q, acc_out, stat_out,
             heads0, keys0, keys_s0, keys_m0, values0, values_s0, values_m0, tokens0, padding0, floor0,
             first0, slots0, groups0, splits0, offset0, total0, start0, sink0, ring0, reach0, window0,
-            factor, softcap, ROWS, GROUP, BLOCK_M, BLOCK_N0, ON_DEVICE0, RING0, CODEC0, FOLD0, NUMBERS0,
-            PRE0, UNIT0, CAPPED, SHIFT, PTX, KW0, KW_PAD0, KEY_GROUPS0, KEY_GROUP0, VW0, VW_PAD0,
-            VALUE_GROUPS0, VALUE_GROUP0, STAGES0,
+            factor, softcap, ROWS, GROUP, BLOCK_M, CAPPED, SHIFT, PTX, ON_DEVICE0, RING0, BLOCK_N0, STAGES0,
+            K_CODEC0, K_FOLD0, K_NUMBERS0, K_PRE0, K_UNIT0, KW0, KW_PAD0, K_GROUPS0, K_GROUP0,
+            V_CODEC0, V_FOLD0, V_NUMBERS0, V_PRE0, V_UNIT0, VW0, VW_PAD0, V_GROUPS0, V_GROUP0,
         )  # fmt: skip
     elif BOTH:
         _attend_split(
             pid - programs0, query, stride_b, stride_h, stride_q, acc_out, stat_out,
             heads1, keys1, keys_s1, keys_m1, values1, values_s1, values_m1, tokens1, padding1, floor1,
             first1, slots1, groups1, splits1, offset1, total1, start1, sink1, ring1, reach1, window1,
-            factor, softcap, ROWS, GROUP, BLOCK_M, BLOCK_N1, ON_DEVICE1, RING1, CODEC1, FOLD1, NUMBERS1,
-            PRE1, UNIT1, CAPPED, SHIFT, PTX, KW1, KW_PAD1, KEY_GROUPS1, KEY_GROUP1, VW1, VW_PAD1,
-            VALUE_GROUPS1, VALUE_GROUP1, STAGES1,
+            factor, softcap, ROWS, GROUP, BLOCK_M, CAPPED, SHIFT, PTX, ON_DEVICE1, RING1, BLOCK_N1, STAGES1,
+            K_CODEC1, K_FOLD1, K_NUMBERS1, K_PRE1, K_UNIT1, KW1, KW_PAD1, K_GROUPS1, K_GROUP1,
+            V_CODEC1, V_FOLD1, V_NUMBERS1, V_PRE1, V_UNIT1, VW1, VW_PAD1, V_GROUPS1, V_GROUP1,
         )  # fmt: skip

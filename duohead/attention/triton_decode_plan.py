@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,6 +66,15 @@ class Plan:
     partials: int
 
 
+class _Work(NamedTuple):
+    """What a launch has to do for one view: heads times rows, tiles of each, whether it is a ring, bytes in all."""
+
+    units: int
+    tiles: int
+    ring: bool
+    size: int
+
+
 def make_plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
     """Tiles, splits and launches for queries [B, H, Q, D] over views that `attend` accepts."""
     batch, heads, count, _ = query.shape
@@ -81,13 +90,7 @@ def make_plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
         present = [number for number, view in enumerate(views) if index < len(view.segments)]
         counts = _splits(
             [
-                (
-                    batch * kv_heads(views[number]) * blocks,
-                    triton.cdiv(
-                        views[number].segments[index].keys[0].shape[2], tiles[number].block
-                    ),
-                    views[number].ring is not None,
-                )
+                _work(views[number], index, blocks=blocks, block=tiles[number].block)
                 for number in present
             ],
             slots=processors * min(tiles[number].resident for number in present),
@@ -117,24 +120,40 @@ def make_plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
     )
 
 
-def _splits(works: Sequence[tuple[int, int, bool]], *, slots: int) -> list[int]:
-    """Splits of each view's heads, given (heads times rows, tiles of one, is a ring) of each view in a launch.
+def _work(view: StoredView, index: int, *, blocks: int, block: int) -> _Work:
+    segment = view.segments[index]
+    batch, heads, slots, _ = segment.keys[0].shape
+    return _Work(
+        units=batch * heads * blocks,
+        tiles=triton.cdiv(slots, block),
+        ring=view.ring is not None,
+        size=sum(part.nbytes for part in (*segment.keys, *segment.values)),
+    )
 
-    The programs of stores that keep every token are to fill ``slots`` places in whole rounds, next to those of rings.
+
+def _splits(works: Sequence[_Work], *, slots: int) -> list[int]:
+    """Splits of each view's heads, given the work of each view in a launch.
+
+    The programs of stores that keep every token are to fill ``slots`` places in whole rounds, next to those of rings;
+    two such stores share the places by their bytes, so that all programs read about as much.
     """
-    longest = max(units * tiles for units, tiles, _ in works)
+    longest = max(work.units * work.tiles for work in works)
     share = max(2, min(8, triton.cdiv(longest, slots)))
-    rings = [ring and len(works) > 1 for _, _, ring in works]
-    counts = [max(1, triton.cdiv(tiles, share)) for _, tiles, _ in works]
+    rings = [work.ring and len(works) > 1 for work in works]
+    counts = [max(1, triton.cdiv(work.tiles, share)) for work in works]
     taken = sum(
-        units * count
-        for (units, _, _), count, ring in zip(works, counts, rings, strict=True)
-        if ring
+        work.units * count for work, count, ring in zip(works, counts, rings, strict=True) if ring
     )
     left = max(slots - taken, slots // 2)
+    size = sum(work.size for work, ring in zip(works, rings, strict=True) if not ring)
+
+    def filling(work: _Work) -> int:
+        splits = _rounds(work.units, max(1, left * work.size // max(size, 1)))
+        return max(1, min(splits, work.tiles, _MAX_SPLITS))
+
     return [
-        count if ring else max(1, min(_rounds(units, left), tiles, _MAX_SPLITS))
-        for (units, tiles, _), count, ring in zip(works, counts, rings, strict=True)
+        count if ring else filling(work)
+        for work, count, ring in zip(works, counts, rings, strict=True)
     ]
 
 
@@ -157,7 +176,8 @@ def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:
 
     Native: two programs of 64 slots and three stages read 98 % of what the memory gives at 128K; twice as many programs
     in two rounds 90 %, 128 slots in two stages 82-87 %. Narrow codecs are bound by the latency between barriers, which
-    128 slots halve: 85 % for fp8, where a third program with fewer stages came to 61 %.
+    128 slots halve: 85 % for fp8, where a third program with fewer stages came to 61 %. Shared memory has no room for
+    128 slots of which one side, keys or values, is native.
 
     From 16 rows on, tiles of 64 slots become warp-group products, whose compiled form (Triton 3.6) read beyond its
     shared memory on an H100; 32 slots keep to the products of single warps.
@@ -171,7 +191,7 @@ def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:
         return Tiles(32, 2, 2)
     if block_m >= 16:
         return Tiles(32, 3, 2)
-    if view.codec in NATIVE:
+    if any(name in NATIVE for name in view.codecs):
         return Tiles(64, 3, 2)
     return Tiles(128, 3, 2)
 
@@ -179,31 +199,36 @@ def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:
 def _constants(view: StoredView, query: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Compile-time arguments of one view."""
     segment = view.segments[0]
-    numbers = NUMBERS.get(view.codec, 1)
-    sizes = (query.shape[3], value_size(view))
-    words = [size // numbers for size in sizes]
-    groups = [1, 1]
-    if view.codec == "int4":
-        groups = [segment.keys[1].shape[3], segment.values[1].shape[3]]
-    padded = [max(16, triton.next_power_of_2(width)) for width in words]
     return {
         "ON_DEVICE": isinstance(view.tokens, Tensor),
         "RING": view.ring is not None,
-        "CODEC": view.codec if numbers > 1 else "native",
-        "FOLD": max(groups) == 1,
-        "NUMBERS": numbers,
-        "PRE": prescale(view.codec, query.dtype) if max(groups) == 1 else 1.0,
-        "UNIT": unit(view.codec, query.dtype) if max(groups) == 1 else 1.0,
-        "KW": words[0],
-        "KW_PAD": padded[0],
-        "KEY_GROUPS": groups[0],
-        "KEY_GROUP": sizes[0] // groups[0],
-        "VW": words[1],
-        "VW_PAD": padded[1],
-        "VALUE_GROUPS": groups[1],
-        "VALUE_GROUP": sizes[1] // groups[1],
+        **_side("K", view.codecs[0], segment.keys, query.shape[3], query.dtype),
+        **_side("V", view.codecs[1], segment.values, value_size(view), query.dtype),
         "BLOCK_N": tiles.block,
         "STAGES": tiles.stages,
+    }
+
+
+def _side(
+    letter: str, name: str, stored: tuple[Tensor, ...], size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Compile-time arguments of the keys or of the values of one view, which begin with ``letter``."""
+    numbers = NUMBERS.get(name, 1)
+    groups = stored[1].shape[3] if name == "int4" else 1
+    words = size // numbers
+    constants = {
+        "CODEC": name if numbers > 1 else "native",
+        "FOLD": groups == 1,
+        "NUMBERS": numbers,
+        "PRE": prescale(name, dtype) if groups == 1 else 1.0,
+        "UNIT": unit(name, dtype) if groups == 1 else 1.0,
+        "W": words,
+        "W_PAD": max(16, triton.next_power_of_2(words)),
+        "GROUPS": groups,
+        "GROUP": size // groups,
+    }
+    return {
+        f"{letter}{'' if key[0] == 'W' else '_'}{key}": value for key, value in constants.items()
     }
 
 
@@ -221,4 +246,4 @@ def kv_heads(view: StoredView) -> int:
 
 def value_size(view: StoredView) -> int:
     """Dv; a payload of 4-bit numbers holds two in a byte."""
-    return view.segments[0].values[0].shape[3] * (2 if view.codec == "int4" else 1)
+    return view.segments[0].values[0].shape[3] * (2 if view.codecs[1] == "int4" else 1)

@@ -93,8 +93,8 @@ class Case:
         total = 0
         for store in self.policy().stores(0):
             seen = self.length if store.ring is None else min(self.length, store.sink + store.ring)
-            vector = codec.get(store.dtype, native=dtype).vector_bytes(self.head_dim)
-            total += self.batch * len(store.heads) * seen * 2 * vector
+            token = codec.pair(store.dtype, native=dtype).vector_bytes(self.head_dim, self.head_dim)
+            total += self.batch * len(store.heads) * seen * token
         return total
 
     def full_kv_bytes(self, dtype: torch.dtype) -> int:

@@ -40,7 +40,7 @@ def kernels_of(cache: DuoCache, *, heads: int, tokens: int, impl: str) -> str:
 
 def kernel_name(query: Tensor, view: HeadView, impl: str) -> str:
     """What attends to a view under ``impl`` for queries [B, H, K, D]: a kernel, or an implementation without any."""
-    name = attention.choose(impl, query.device.type)
+    name = attention.choose(impl, query.device.type, index=query.device.index)
     if name not in attention.KERNELS:
         return name
     kernel = choice.kernel_for(query, view, name=name, impl=impl, softcap=None, sink_logits=None)

@@ -53,8 +53,8 @@ def fill_layer(layer: DuoLayer, tokens: int, *, seed: int = 0, fresh: bool = Tru
         if isinstance(kind.store, GrowingStore | RingStore):
             kind.store.reserve(tokens)
         for segment in kind.store.segments():
-            for parts in (segment.keys, segment.values):
-                _fill_parts(kind.codec, parts, layer.dtype, generator, fresh=fresh)
+            for codec, parts in zip(kind.codec, (segment.keys, segment.values), strict=True):
+                _fill_parts(codec, parts, layer.dtype, generator, fresh=fresh)
         if isinstance(kind.store, RingStore):
             oldest = max(tokens - kind.store.ring, 0)
             if isinstance(kind.store.floor, Tensor):

@@ -137,7 +137,8 @@ def run_case(
     """
     blank = Result(case, impl, place.dtype, OUT_OF_MEMORY, rivals or {})
     try:
-        blank = replace(blank, impl=attention.choose(impl, place.device.type))
+        device = place.device
+        blank = replace(blank, impl=attention.choose(impl, device.type, index=device.index))
         with _clean(place.device):
             return (
                 _append_result(blank, place) if case.op == "append" else _timed(blank, place, impl)

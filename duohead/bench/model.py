@@ -53,9 +53,11 @@ class _Outcome:
         told = getattr(self, "timing", None) or getattr(self, "found", None)
         return isinstance(told, str) and told.startswith("failed")
 
-    def attention(self, device: str) -> str:
-        """Name of the attention implementation that ran on this kind of device."""
-        return "sdpa" if self.job.method == "transformers" else choose(self.job.impl, device)
+    def attention(self, device: torch.device) -> str:
+        """Name of the attention implementation that ran on this device."""
+        if self.job.method == "transformers":
+            return "sdpa"
+        return choose(self.job.impl, device.type, index=device.index)
 
 
 @dataclass(frozen=True)

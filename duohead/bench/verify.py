@@ -37,7 +37,7 @@ def verify(
     tokens = torch.randint(vocabulary, (1, TOKENS), generator=generator, device=model.device)
     truth = _logits(model, policy, tokens, "reference")
     portable = _logits(model, policy, tokens, "tiled")
-    name = choose(impl, model.device.type)
+    name = choose(impl, model.device.type, index=model.device.index)
     found = portable if name == "tiled" else _logits(model, policy, tokens, impl)
     band = torch.finfo(model.dtype).eps * _rms(truth)
     error, budget = _rms(found - truth), 2 * (_rms(portable - truth) + band)

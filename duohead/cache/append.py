@@ -107,7 +107,7 @@ def supports(keys: Tensor, values: Tensor, views: Sequence[StoredView]) -> str |
         values.dtype,
         (keys.shape[3], values.shape[3]),
         (keys.stride(3), values.stride(3)),
-        tuple([view.codec for view in views]),
+        tuple([name for view in views for name in view.codecs]),
     )
 
 
@@ -176,16 +176,16 @@ def _launch(
             view.ring or 0,
             view.floor,
         )
-        codec_name = "raw" if view.codec in RAW else view.codec
+        names = ["raw" if name in RAW else name for name in view.codecs]
         modes += (
-            codec_name,
+            *names,
             view.ring is not None,
-            *_layout(codec_name, dim),
-            *_layout(codec_name, value_dim),
+            *_layout(names[0], dim),
+            *_layout(names[1], value_dim),
         )
     if len(parts) < MAX_VIEWS:
         arguments += (None,) * 9 + (0,) * 5 + (None,)
-        modes += (None, False) + (1,) * 8
+        modes += (None, None, False) + (1,) * 8
     few = count <= FEW_TOKENS
     block = 1 if few else TILE // triton.next_power_of_2(max(dim, value_dim))
     tokens, padding = parts[0][0].tokens, parts[0][0].padding

@@ -194,7 +194,8 @@ def _part(
     sink,
     ring,
     floor,
-    CODEC: tl.constexpr,
+    KEY_CODEC: tl.constexpr,
+    VALUE_CODEC: tl.constexpr,
     RING: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
@@ -248,14 +249,14 @@ def _part(
                 keys, key_row_stride, key_head_stride, key_token_stride,
                 key_payload, key_scales, key_minima, decoded_keys,
                 row, head, index, load, vector, keep, new_vector, inside,
-                CODEC, DIM, KEY_GROUP, KEY_GROUPS, KEY_GROUP_WIDTH, KEY_GROUPS_WIDTH,
+                KEY_CODEC, DIM, KEY_GROUP, KEY_GROUPS, KEY_GROUP_WIDTH, KEY_GROUPS_WIDTH,
             )  # fmt: skip
         else:
             _vectors(
                 values, value_row_stride, value_head_stride, value_token_stride,
                 value_payload, value_scales, value_minima, decoded_values,
                 row, head, index, load, vector, keep, new_vector, inside,
-                CODEC, VALUE_DIM, VALUE_GROUP, VALUE_GROUPS, VALUE_GROUP_WIDTH, VALUE_GROUPS_WIDTH,
+                VALUE_CODEC, VALUE_DIM, VALUE_GROUP, VALUE_GROUPS, VALUE_GROUP_WIDTH, VALUE_GROUPS_WIDTH,
             )  # fmt: skip
 
 
@@ -308,7 +309,8 @@ def append_kernel(
     b_sink,
     b_ring,
     b_floor,
-    A_CODEC: tl.constexpr,
+    A_KEY_CODEC: tl.constexpr,
+    A_VALUE_CODEC: tl.constexpr,
     A_RING: tl.constexpr,
     A_KEY_GROUP: tl.constexpr,
     A_KEY_GROUPS: tl.constexpr,
@@ -318,7 +320,8 @@ def append_kernel(
     A_VALUE_GROUPS: tl.constexpr,
     A_VALUE_GROUP_WIDTH: tl.constexpr,
     A_VALUE_GROUPS_WIDTH: tl.constexpr,
-    B_CODEC: tl.constexpr,
+    B_KEY_CODEC: tl.constexpr,
+    B_VALUE_CODEC: tl.constexpr,
     B_RING: tl.constexpr,
     B_KEY_GROUP: tl.constexpr,
     B_KEY_GROUPS: tl.constexpr,
@@ -345,19 +348,19 @@ def append_kernel(
             a_heads, a_key_payload, a_key_scales, a_key_minima, a_value_payload,
             a_value_scales, a_value_minima, a_decoded_keys, a_decoded_values, a_num_heads,
             a_slots, a_first, a_sink, a_ring, a_floor,
-            A_CODEC, A_RING,
+            A_KEY_CODEC, A_VALUE_CODEC, A_RING,
             A_KEY_GROUP, A_KEY_GROUPS, A_KEY_GROUP_WIDTH, A_KEY_GROUPS_WIDTH,
             A_VALUE_GROUP, A_VALUE_GROUPS, A_VALUE_GROUP_WIDTH, A_VALUE_GROUPS_WIDTH,
             DIM, VALUE_DIM, EVICT, N,
         )  # fmt: skip
-    elif B_CODEC is not None:
+    elif B_KEY_CODEC is not None:
         _part(
             keys, values, key_row_stride, key_head_stride, key_token_stride,
             value_row_stride, value_head_stride, value_token_stride, count, now, padding, part - parts_of_a,
             b_heads, b_key_payload, b_key_scales, b_key_minima, b_value_payload,
             b_value_scales, b_value_minima, b_decoded_keys, b_decoded_values, b_num_heads,
             b_slots, b_first, b_sink, b_ring, b_floor,
-            B_CODEC, B_RING,
+            B_KEY_CODEC, B_VALUE_CODEC, B_RING,
             B_KEY_GROUP, B_KEY_GROUPS, B_KEY_GROUP_WIDTH, B_KEY_GROUPS_WIDTH,
             B_VALUE_GROUP, B_VALUE_GROUPS, B_VALUE_GROUP_WIDTH, B_VALUE_GROUPS_WIDTH,
             DIM, VALUE_DIM, EVICT, N,

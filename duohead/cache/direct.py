@@ -56,13 +56,13 @@ def direct_views(
             else None
         )
         key, value = pick_heads(keys, heads), pick_heads(values, heads)
-        storage = codec.get(spec.dtype, native=keys.dtype)
-        if storage is not codec.get("auto", native=keys.dtype):
-            key, value = storage.round_trip(key), storage.round_trip(value)
+        storage = codec.pair(spec.dtype, native=keys.dtype)
+        if not storage.lossless(keys.dtype):
+            key, value = storage.round_trip(key, value)
         views.append(
             HeadView(
                 heads=heads,
-                retrieval=spec.kind == "retrieval",
+                retrieval=spec.sees_all,
                 sinks=_sinks(key, value, spec.sink, padding) if spec.sink else None,
                 past=(),
                 keys=key,

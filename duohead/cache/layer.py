@@ -22,8 +22,9 @@ from duohead.cache.handle import DuoHandle
 from duohead.cache.ring import RingStore
 from duohead.cache.store import GrowingStore, StaticStore
 from duohead.cache.view import StoredView, left_padding, pick_heads
-from duohead.codec import Codec
-from duohead.policy import HeadPolicy, Store
+from duohead.codec import Pair
+from duohead.policy import HeadPolicy
+from duohead.storage import Store
 
 DEFAULT_ROLLBACK = 128
 # Mask functions see only two integers of a cache; no other cache returns this offset, so it tells ours apart.
@@ -32,11 +33,11 @@ DUO_KV_OFFSET = -1
 
 @dataclass
 class Kind:
-    """The heads of one kind in this layer (``heads`` None: all of them) and where their tokens live."""
+    """The heads of one kind in this layer (``heads`` None: all of them), and where and how their tokens live."""
 
     spec: Store
     heads: Tensor | None
-    codec: Codec
+    codec: Pair
     store: GrowingStore | StaticStore | RingStore
 
 
@@ -117,7 +118,7 @@ class DuoLayer(CacheLayerMixin):
             else None
         )
         like = (pick_heads(keys[:, :, :0], heads), pick_heads(values[:, :, :0], heads))
-        storage = codec.get(spec.dtype, native=keys.dtype)
+        storage = codec.pair(spec.dtype, native=keys.dtype)
         store: GrowingStore | StaticStore | RingStore
         if spec.ring is not None:
             ring = spec.ring + self.rollback
@@ -302,7 +303,7 @@ class DuoLayer(CacheLayerMixin):
     def _check_crop(self, spec: Store, store: RingStore, length: int, removed: int) -> None:
         assert spec.ring is not None, "a ring store has a ring"
         window = self.policy.layers[self.index].window
-        chunked = self.policy.visibility == "chunk" and spec.kind == "streaming"
+        chunked = self.policy.visibility == "chunk" and not spec.sees_all
         seen = spec.ring if chunked and (window is None or spec.ring < window) else spec.ring - 1
         if store.lost(length - seen, length, self.padding):
             raise ValueError(

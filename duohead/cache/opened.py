@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duohead import codec
 from duohead.cache import stored
 from duohead.cache.ring import RingStore
 from duohead.cache.store import decode_pair, encode_pair, positions
@@ -124,7 +123,7 @@ def _targets(layer: DuoLayer, kinds: list[Kind], tokens: int) -> list[StoredView
 
 
 def _lossless(layer: DuoLayer, kind: Kind) -> bool:
-    return kind.codec is codec.get("auto", native=layer.dtype)
+    return kind.codec.lossless(layer.dtype)
 
 
 def _view(layer: DuoLayer, kind: Kind, new: KeysAndValues, length: int | Tensor) -> HeadView:
@@ -140,7 +139,7 @@ def _view(layer: DuoLayer, kind: Kind, new: KeysAndValues, length: int | Tensor)
         sinks = store.sink_piece(length + count, padding, layer.dtype)
     return HeadView(
         heads=kind.heads,
-        retrieval=kind.spec.kind == "retrieval",
+        retrieval=kind.spec.sees_all,
         sinks=sinks,
         past=store.pieces(length, padding, layer.dtype),
         keys=keys,

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from duohead.cache.store import Slots
 from duohead.cache.view import KeysAndValues, Piece, Segment
-from duohead.codec import Codec, Encoded
-from duohead.policy import capacity
+from duohead.codec import Encoded, Pair
+from duohead.storage import capacity
 
 
 class RingStore:
     """Token p < sink of a row sits in slot p, token p >= sink in slot sink + (p - sink) % ring.
 
     Args:
-        codec: storage format.
+        codec: storage formats.
         like: keys and values whose rows, heads and head sizes to store.
         sink: first tokens to keep.
         ring: last tokens to keep (the policy's window, and what `crop` shall be able to undo).
@@ -31,7 +31,7 @@ class RingStore:
 
     def __init__(
         self,
-        codec: Codec,
+        codec: Pair,
         like: KeysAndValues,
         *,
         sink: int,

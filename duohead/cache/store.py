@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from duohead.cache.view import KeysAndValues, Piece, Segment
-from duohead.codec import Codec, Encoded
-from duohead.policy import capacity
+from duohead.codec import Codec, Encoded, Pair
+from duohead.storage import capacity
 
 COPY_LIMIT = 4096
 READ_LIMIT = 4096
@@ -26,7 +26,7 @@ class Slots:
     """Encoded keys and values of G heads in T slots; every tensor is [B, G, T, width]."""
 
     def __init__(
-        self, codec: Codec, keys: Encoded, values: Encoded, *, dims: tuple[int, int]
+        self, codec: Pair, keys: Encoded, values: Encoded, *, dims: tuple[int, int]
     ) -> None:
         self.codec = codec
         self.keys = list(keys)
@@ -39,18 +39,23 @@ class Slots:
         return self.keys[0].device
 
     @classmethod
-    def empty(cls, codec: Codec, like: KeysAndValues, slots: int) -> Slots:
+    def empty(cls, codec: Pair, like: KeysAndValues, slots: int) -> Slots:
         """Zeroed slots for the rows, heads and head sizes of ``like`` (zeros: a masked NaN would still spread)."""
         keys, values = like
 
-        def zeros(x: Tensor) -> Encoded:
+        def zeros(storage: Codec, x: Tensor) -> Encoded:
             shape = (x.shape[0], x.shape[1], slots)
             return tuple(
                 torch.zeros(*shape, width, dtype=dtype, device=x.device)
-                for dtype, width in codec.parts(x.shape[-1])
+                for dtype, width in storage.parts(x.shape[-1])
             )
 
-        return cls(codec, zeros(keys), zeros(values), dims=(keys.shape[-1], values.shape[-1]))
+        return cls(
+            codec,
+            zeros(codec.keys, keys),
+            zeros(codec.values, values),
+            dims=(keys.shape[-1], values.shape[-1]),
+        )
 
     @property
     def size(self) -> int:
@@ -126,19 +131,18 @@ class Slots:
                 holder[place] = new
 
 
-def encode_pair(codec: Codec, keys: Tensor, values: Tensor) -> Encoded:
+def encode_pair(codec: Pair, keys: Tensor, values: Tensor) -> Encoded:
     """New tokens [B, G, K, D] in storage form, the parts of the keys before those of the values."""
-    return *codec.encode(keys.detach()), *codec.encode(values.detach())
+    return *codec.keys.encode(keys.detach()), *codec.values.encode(values.detach())
 
 
 def decode_pair(
-    codec: Codec, encoded: Encoded, *, dims: tuple[int, int], dtype: torch.dtype
+    codec: Pair, encoded: Encoded, *, dims: tuple[int, int], dtype: torch.dtype
 ) -> KeysAndValues:
     """Inverse of `encode_pair` for key and value head sizes ``dims``."""
-    split = len(encoded) // 2
-    return codec.decode(encoded[:split], dims[0], dtype), codec.decode(
-        encoded[split:], dims[1], dtype
-    )
+    split = len(codec.keys.parts(dims[0]))
+    keys = codec.keys.decode(encoded[:split], dims[0], dtype)
+    return keys, codec.values.decode(encoded[split:], dims[1], dtype)
 
 
 def positions(start: int, stop: int, padding: Tensor | None, device: torch.device) -> Tensor:
@@ -150,7 +154,7 @@ def positions(start: int, stop: int, padding: Tensor | None, device: torch.devic
 class StaticStore:
     """Every token of G heads in slots with fixed addresses; lengths may be device tensors."""
 
-    def __init__(self, codec: Codec, like: KeysAndValues, *, max_length: int) -> None:
+    def __init__(self, codec: Pair, like: KeysAndValues, *, max_length: int) -> None:
         self.slots = Slots.empty(codec, like, capacity(max_length))
 
     @property
@@ -192,7 +196,7 @@ class StaticStore:
 class GrowingStore:
     """Every token of G heads, in segments (`capacity` slots in all, so the size depends on the length alone)."""
 
-    def __init__(self, codec: Codec, like: KeysAndValues) -> None:
+    def __init__(self, codec: Pair, like: KeysAndValues) -> None:
         self._codec = codec
         keys, values = like
         # Not slices of the first chunk: those would keep all of it in memory.

@@ -76,7 +76,7 @@ def view(layer: DuoLayer, kind: Kind, reach: int | None) -> StoredView:
     ring = kind.store if isinstance(kind.store, RingStore) else None
     return StoredView(
         heads=kind.heads,
-        codec=kind.codec.name,
+        codecs=(kind.codec.keys.name, kind.codec.values.name),
         segments=kind.store.segments(),
         sink=ring.sink if ring else 0,
         ring=ring.ring if ring else None,
@@ -91,7 +91,7 @@ def view(layer: DuoLayer, kind: Kind, reach: int | None) -> StoredView:
 def _reach(layer: DuoLayer, kind: Kind, count: int) -> int | None:
     """Tokens back that one of ``count`` new queries sees outside the sinks, its own included; None for all."""
     window = layer.policy.layers[layer.index].window
-    if kind.spec.kind == "retrieval":
+    if kind.spec.sees_all:
         return window
     length = int(layer.length) if layer.record_past else layer.length
     recent = layer.recent_tokens(count, length)

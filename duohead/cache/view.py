@@ -35,7 +35,7 @@ class HeadView:
 
     Attributes:
         heads: KV heads of this kind, ascending, as an index tensor [G]; None if all heads are of this kind.
-        retrieval: the kind.
+        retrieval: whether the heads see every token, as retrieval heads do, and streaming heads that nothing evicts.
         sinks: the sink tokens of streaming heads, those of this call included; None without sinks.
         past: the other tokens from before this call.
         keys, values: the new tokens [B, G, K, D], as decoded from storage; K >= Q, the queries belong to the last Q.
@@ -162,7 +162,8 @@ class StoredView:
 
     Attributes:
         heads: KV heads of this kind, ascending, as an index tensor [G]; None if all heads are of this kind.
-        codec: name of the storage format (`duohead.codec`; native dtypes are called fp16, bf16, fp32).
+        codecs: names of the storage formats of keys and of values (`duohead.codec`; native dtypes are called fp16,
+            bf16, fp32).
         segments: the slots, in the order of tokens; a ring has one segment.
         sink: slots for first tokens; 0 without a ring.
         ring: slots for last tokens; None for heads that keep every token.
@@ -174,7 +175,7 @@ class StoredView:
     """
 
     heads: Tensor | None
-    codec: str
+    codecs: tuple[str, str]
     segments: tuple[Segment, ...]
     sink: int
     ring: int | None

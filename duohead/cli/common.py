@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from duohead.pattern import HeadPattern
 
 MODEL_FLAGS = ("--dtype", "--device")
+STORAGE_FLAGS = ("--retrieval-dtype", "--streaming-dtype", "--window-dtype", "--keep-all")
 DEFAULT_TEXT = "CPython documentation"
 
 
@@ -80,6 +81,43 @@ def needle_depths(given: Sequence[int | float]) -> list[float]:
 def _number(text: str) -> int | float:
     """An integer as one, any other number as a float, for argparse."""
     return int(text) if text.isdecimal() else float(text)
+
+
+def add_storage_flags(parser: Any) -> None:
+    """Add STORAGE_FLAGS: in which precision heads are stored, and whether streaming heads forget."""
+    for kind, heads in (
+        ("retrieval", "retrieval heads"),
+        ("streaming", "streaming heads"),
+        ("window", "natively windowed layers"),
+    ):
+        parser.add_argument(
+            f"--{kind}-dtype",
+            default="auto",
+            metavar="D",
+            help=f"storage of {heads}: bf16, fp8, int8, int4, or KEYS/VALUES such as fp8/int4 (the model's dtype)",
+        )
+    parser.add_argument(
+        "--keep-all",
+        action="store_true",
+        help="streaming heads keep every token too, as --streaming-dtype says",
+    )
+
+
+def storage_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `HeadPolicy` that STORAGE_FLAGS stand for.
+
+    Raises:
+        ValueError: --keep-all beside flags that say what streaming heads keep (None where they are not given).
+    """
+    names = ("sink", "recent", "prefill_recent")
+    spare = [name for name in names if getattr(args, name, None) is not None]
+    if args.keep_all and spare:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in spare)
+        raise ValueError(
+            f"{flags}: of no use with --keep-all, by which streaming heads keep every token; leave one of the two out"
+        )
+    kinds = ("retrieval_dtype", "streaming_dtype", "window_dtype")
+    return {name: getattr(args, name) for name in kinds} | {"evict": not args.keep_all}
 
 
 def load_pattern(name: str) -> HeadPattern:

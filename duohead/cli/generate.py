@@ -11,8 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from duohead import codec
-from duohead.cli.common import add_model_flags, load_pattern
+from duohead.cli.common import (
+    STORAGE_FLAGS,
+    add_model_flags,
+    add_storage_flags,
+    load_pattern,
+    storage_fields,
+)
 
 FLAGS = (
     "--policy",
@@ -22,8 +27,7 @@ FLAGS = (
     "--sink",
     "--recent",
     "--prefill-recent",
-    "--retrieval-dtype",
-    "--streaming-dtype",
+    *STORAGE_FLAGS,
     "--prompt-file",
     "--max-new-tokens",
     "--chunk",
@@ -75,18 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last tokens seen by streaming heads during prefill (as --recent)",
     )
-    add(
-        "--retrieval-dtype",
-        choices=codec.NAMES,
-        default="auto",
-        help="storage of retrieval heads (%(default)s)",
-    )
-    add(
-        "--streaming-dtype",
-        choices=codec.NAMES,
-        default="auto",
-        help="storage of streaming heads (%(default)s)",
-    )
+    add_storage_flags(parser)
     add(
         "--prompt-file",
         required=True,
@@ -105,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8192,
         metavar="N",
-        help="prompt tokens per forward (%(default)s)",
+        help="prompt tokens per forward; more take more memory and little less time (%(default)s)",
     )
     add(
         "--engine",
@@ -216,8 +209,7 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
         "sink": args.sink,
         "recent": args.recent,
         "prefill_recent": args.prefill_recent,
-        "retrieval_dtype": args.retrieval_dtype,
-        "streaming_dtype": args.streaming_dtype,
+        **storage_fields(args),
     }
 
 

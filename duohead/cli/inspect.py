@@ -13,20 +13,14 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from duohead.cli.common import STORAGE_FLAGS, add_storage_flags, load_pattern, storage_fields
 from duohead.cli.given import Given, refuse
 
 if TYPE_CHECKING:
     from duohead.pattern import HeadPattern
     from duohead.policy import HeadPolicy
 
-CAPACITY_FLAGS = (
-    "--model",
-    "--weights",
-    "--memory",
-    "--chunk",
-    "--retrieval-dtype",
-    "--streaming-dtype",
-)
+CAPACITY_FLAGS = ("--model", "--weights", "--memory", "--chunk")
 FLAGS = (
     "--retrieval-ratio",
     "--kv-budget",
@@ -36,6 +30,7 @@ FLAGS = (
     "--tokens",
     "--head-dim",
     "--png",
+    *STORAGE_FLAGS,
     "--capacity",
     *CAPACITY_FLAGS,
 )
@@ -74,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last tokens kept by streaming heads (pattern's own)",
     )
+    add_storage_flags(parser)
     parser.add_argument(
         "--tokens",
         action=Given,
@@ -113,17 +109,10 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     add(
         "--chunk",
         type=int,
-        default=16384,
+        default=32768,
         metavar="N",
-        help="tokens per forward of prefill; 1 for decoding alone (%(default)s)",
+        help="tokens per forward of prefill, as the engine takes them; 1 for decoding alone (%(default)s)",
     )
-    for kind in ("retrieval", "streaming"):
-        add(
-            f"--{kind}-dtype",
-            default="auto",
-            metavar="D",
-            help=f"storage of {kind} heads: bf16, fp8, int8, int4 (the model's dtype)",
-        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,8 +124,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "FOLDER is needed, a pattern's folder or hub id; only --capacity goes without (see --help)"
         )
-    from duohead.cli.common import load_pattern
-
     for name in ("tokens", "head_dim"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
@@ -162,7 +149,6 @@ def _capacity(args: argparse.Namespace) -> int:
     """Print the tokens that fit, for the selected heads or for a few ratios."""
     from duohead.bench.fitting import MOST_TOKENS, device_memory, estimate, gib
     from duohead.bench.models import any_config
-    from duohead.cli.common import load_pattern
     from duohead.pocket.loading import device_of
 
     refuse(
@@ -192,8 +178,7 @@ def _capacity(args: argparse.Namespace) -> int:
     first = rows[0][1]
     print(
         f"{name} in {gib(memory)}: {args.weights} weights {gib(first.weight_bytes)}, activations of {args.chunk:,} "
-        f"tokens {gib(first.activation_bytes)}, runtime {gib(first.runtime_bytes)}; retrieval heads stored as "
-        f"{args.retrieval_dtype}, streaming heads as {args.streaming_dtype}"
+        f"tokens {gib(first.activation_bytes)}, runtime {gib(first.runtime_bytes)}; {_storage(args)}"
     )
     print(f"{'ratio':>8}  {'tokens that fit':>15}  {'cache':>11}")
     for ratio, found in rows:
@@ -206,21 +191,15 @@ def _capacity_policies(
     args: argparse.Namespace, pattern: HeadPattern | None, made: Any
 ) -> list[HeadPolicy]:
     """Policies to count for: of the pattern if there is one, else with heads spread evenly over a plain shape."""
-    from dataclasses import replace
-
     from duohead.bench.jobs import spread
     from duohead.policy import HeadPolicy
     from duohead.shapes import layer_shapes
 
-    stored = {"retrieval_dtype": args.retrieval_dtype, "streaming_dtype": args.streaming_dtype}
     if pattern is not None:
         chosen = _selected(pattern, args)
-        policies = (
-            [chosen]
-            if chosen
-            else [_policy(pattern, args, {"retrieval_ratio": ratio}) for ratio in CAPACITY_RATIOS]
-        )
-        return [replace(policy, **stored) for policy in policies]
+        if chosen is not None:
+            return [chosen]
+        return [_policy(pattern, args, {"retrieval_ratio": ratio}) for ratio in CAPACITY_RATIOS]
     if args.kv_budget is not None or args.threshold is not None:
         raise ValueError("--kv-budget and --threshold select heads of a pattern; give its FOLDER")
     shapes = layer_shapes(made)
@@ -234,8 +213,7 @@ def _capacity_policies(
             num_kv_heads=heads,
             sink=sink,
             recent=recent,
-            retrieval_dtype=args.retrieval_dtype,
-            streaming_dtype=args.streaming_dtype,
+            **storage_fields(args),
         )
         for ratio in ratios
     ]
@@ -309,8 +287,8 @@ def _selected(pattern: HeadPattern, args: argparse.Namespace) -> HeadPolicy | No
 
 
 def _policy(pattern: HeadPattern, args: argparse.Namespace, selector: dict[str, Any]) -> HeadPolicy:
-    window = {"sink": args.sink, "recent": args.recent}
-    return pattern.policy(**selector, **window, tokens=args.tokens, head_dim=args.head_dim)
+    options = {"sink": args.sink, "recent": args.recent, **storage_fields(args)}
+    return pattern.policy(**selector, **options, tokens=args.tokens, head_dim=args.head_dim)
 
 
 def _title(pattern: HeadPattern) -> str:
@@ -329,12 +307,12 @@ def _costs(
     policy: HeadPolicy | None,
     args: argparse.Namespace,
 ) -> list[str]:
-    sink, recent = costs[0][1].sink, costs[0][1].recent
+    window = f"sink {costs[0][1].sink}, recent {costs[0][1].recent}"
     dense = costs[0][1].dense_kv_bytes(args.tokens, head_dim=args.head_dim)
     lines = [
-        f"KV cache of {args.tokens:,} tokens (head size {args.head_dim}, 16 bit, sink {sink}, recent {recent}): "
-        f"{_bytes(dense)} dense",
-        f"{'ratio':>8}  {'heads':>6}  {'cache':>11}  {'of dense':>8}  {'alpha down to':>13}",
+        f"KV cache of {args.tokens:,} tokens (head size {args.head_dim}, 16 bit, "
+        f"{'every token kept' if args.keep_all else window}): {_bytes(dense)} dense; {_storage(args)}",
+        f"{'ratio':>8}  {'heads':>6}  {'cache':>11}  {'of dense':>8}  {'alpha down to':>13}  {'smaller from':>12}",
     ]
     rows = [(f"{ratio:g}", chosen) for ratio, chosen in costs]
     if policy is not None:
@@ -348,10 +326,24 @@ def _costs(
             if not math.isnan(pattern.alpha[layer, head])
         ]
         lowest = f"{min(kept):.4f}" if kept else "-"
+        saves = chosen.saves_from(head_dim=args.head_dim)
         lines.append(
-            f"{name:>8}  {len(kept):6}  {_bytes(size):>11}  {size / dense:8.1%}  {lowest:>13}"
+            f"{name:>8}  {len(kept):6}  {_bytes(size):>11}  {size / dense:8.1%}  {lowest:>13}  "
+            f"{'never' if saves is None else f'{saves:,}':>12}"
         )
+    lines.append(
+        "smaller from: length in tokens from which on the cache is smaller than the model's own"
+    )
     return lines
+
+
+def _storage(args: argparse.Namespace) -> str:
+    """How heads are stored, in words."""
+    every = ", every token of them" if args.keep_all else ""
+    return (
+        f"retrieval heads stored as {args.retrieval_dtype}, streaming heads as {args.streaming_dtype}{every}, "
+        f"native windows as {args.window_dtype}"
+    )
 
 
 def _cell(alpha: float, colour: bool, shades: str) -> str:

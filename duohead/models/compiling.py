@@ -79,7 +79,8 @@ def is_one_graph(model: nn.Module, device: torch.device) -> bool:
     impls = {plan.impl for module in model.modules() if (plan := getattr(module, PLAN, None))}
     promised = bool(getattr(model, "_can_compile_fullgraph", False))
     return promised and all(
-        attention.choose(impl, device.type) in attention.KERNELS for impl in impls
+        attention.choose(impl, device.type, index=device.index) in attention.KERNELS
+        for impl in impls
     )
 
 

@@ -97,7 +97,9 @@ def duo_attention(
         "scale": scale, "softcap": softcap, "sink_logits": s_aux, "impl": plan.impl
     }  # fmt: skip
     if isinstance(key, DuoHandle):
-        kernels = attention.choose(plan.impl, query.device.type) in attention.KERNELS
+        device = query.device
+        name = attention.choose(plan.impl, device.type, index=device.index)
+        kernels = name in attention.KERNELS
         in_graph = kernels and key.layer.addressed and torch.compiler.is_compiling()
         attend = opaque.attend_in_graph if in_graph else opaque.attend
         out = attend(query, key, attention_mask, **options)
