@@ -126,7 +126,7 @@ def test_an_estimate_that_is_too_high_is_lowered_by_a_few_per_cent(monkeypatch) 
         return right(result, *rest)
 
     monkeypatch.setattr(capacity, "_decoded", decoded)
-    memory = RUNTIME_BYTES + estimated_weight_bytes(config("tiny")) + 11 * 2**20
+    memory = RUNTIME_BYTES + estimated_weight_bytes(config("tiny")) + 8 * 2**20
     (result,) = measure_capacity(ModelBench(CPU, torch.bfloat16), TINY, memory_bytes=memory)
     whole = result.estimate.tokens
     assert tried == [whole, int(0.99 * whole), int(0.98 * whole)]
@@ -246,7 +246,7 @@ def test_inspect_says_what_fits_for_a_pattern(tmp_path: Path, capsys) -> None:
         ("inspect --capacity --model tiny --memory 1 --retrieval-dtype int3", "retrieval_dtype must be one of"),
         ("inspect --capacity --model ./nowhere --memory 1", "--model must be llama-3-8b"),
         ("inspect --model tiny --chunk 8 heads", "--model, --chunk: of use with --capacity alone"),
-        ("inspect heads --streaming-dtype auto", "--streaming-dtype: of use with --capacity alone"),
+        ("inspect --capacity --model tiny --memory 1 --keep-all --sink 4", "--sink: of no use with --keep-all"),
         ("inspect --capacity --model tiny --png a.png --head-dim 128", "--png, --head-dim: of no use with --capacity"),
         ("inspect --capacity --model tiny --tokens 9", "--tokens: --capacity finds the tokens itself"),
         ("bench capacity --chunk 32768", "--chunk: counts for --prefill alone"),

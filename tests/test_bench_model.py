@@ -292,7 +292,7 @@ def test_a_wrong_model_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     error, budget = verify.verify(made, TINY.policy())
     assert error <= budget
     monkeypatch.setattr(verify, "_logits", wrong)
-    monkeypatch.setattr(verify, "choose", lambda *_: "triton")
+    monkeypatch.setattr(verify, "choose", lambda *_, **__: "triton")
     verify.verify(made, TINY.policy(), impl="triton")
     monkeypatch.setattr(
         verify,

@@ -123,10 +123,10 @@ def read_bytes(policy: HeadPolicy, tokens: int, batch: int = 1) -> int:
     total = 0
     for index, shape in enumerate(policy.shapes):
         for store in policy.stores(index):
-            storage = codec.get(store.dtype, native=native)
-            vector = storage.vector_bytes(shape.head_dim) + storage.vector_bytes(shape.value_dim)
+            storage = codec.pair(store.dtype, native=native)
+            token = storage.vector_bytes(shape.head_dim, shape.value_dim)
             seen = tokens if store.ring is None else min(tokens, store.sink + store.ring)
-            total += len(store.heads) * seen * vector
+            total += len(store.heads) * seen * token
     return total * batch
 
 

@@ -6,12 +6,14 @@ drawn on the device in the dtype asked for, so that an 8B model takes seconds an
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from duohead.shapes import layer_shapes
+from duohead.shapes import LayerShape, layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,16 @@ _TINY = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "theta": 1e4,
 }  # fmt: skip
+# Laguna-XS.2: the first of every four layers is global, the others see 512 tokens with more query heads. The positions
+# of the global layers are those of public ports (transformers' default is global throughout); bytes depend on how many.
+_LAGUNA_TYPES = ["sliding_attention" if index % 4 else "full_attention" for index in range(40)]
+_LAGUNA = {
+    "vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40,
+    "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 512,
+    "layer_types": _LAGUNA_TYPES,
+    "num_attention_heads_per_layer": [48 if kind == "full_attention" else 64 for kind in _LAGUNA_TYPES],
+}  # fmt: skip
+# Models whose layers are alike, and models with native windows in some layers.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": ("LlamaConfig", _LLAMA_3),
     "llama-2-7b": ("LlamaConfig", _LLAMA_2),
@@ -46,17 +58,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-7b": ("MistralConfig", _MISTRAL),
     "tiny": ("LlamaConfig", _TINY),
 }
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {"laguna-xs.2": ("LagunaConfig", _LAGUNA)}
+PRESETS = {**SHAPES, **HYBRIDS}
 
 
 def config(name: str) -> Any:
     """The transformers config of a preset; ValueError for an unknown name."""
-    if name not in SHAPES:
-        raise ValueError(f"--model must be one of {', '.join(SHAPES)}, got {name!r}")
+    if name not in PRESETS:
+        raise ValueError(f"--model must be one of {', '.join(PRESETS)}, got {name!r}")
     import transformers
 
-    family, numbers = SHAPES[name]
-    numbers = dict(numbers)
-    rope = {"rope_type": "default", "rope_theta": numbers.pop("theta")}
+    family, shared = PRESETS[name]
+    numbers = copy.deepcopy(shared)
+    theta = numbers.pop("theta", None)
+    # A family with a base for every kind of layer has them as its defaults.
+    rope = None if theta is None else {"rope_type": "default", "rope_theta": theta}
     made = getattr(transformers, family)(
         **numbers,
         max_position_embeddings=POSITIONS,
@@ -76,7 +92,7 @@ def any_config(name: str) -> Any:
     Raises:
         ValueError: there is no such model.
     """
-    if name in SHAPES:
+    if name in PRESETS:
         return config(name)
     from transformers import AutoConfig
 
@@ -87,7 +103,7 @@ def any_config(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"--model must be {', '.join(SHAPES)}, a folder or a hub id, got {name!r} ({reason})"
+            f"--model must be {', '.join(PRESETS)}, a folder or a hub id, got {name!r} ({reason})"
         ) from error
 
 
@@ -97,7 +113,7 @@ def build(
     """A model of that shape with random weights, in evaluation mode.
 
     Args:
-        name: one of SHAPES.
+        name: one of PRESETS.
         device: where its weights are drawn and stay.
         dtype: dtype that it computes in, and of the weights unless they are quantised.
         weights: "bf16" leaves them in ``dtype``; "int8" stores linear layers in 8 bits a weight (torchao).
@@ -167,6 +183,30 @@ def kv_geometry(made: Any) -> tuple[int, int]:
     """Layers and KV heads of a config whose layers are alike."""
     shapes = layer_shapes(made)
     return len(shapes), shapes[0].num_kv_heads
+
+
+def even_heads(shapes: Sequence[LayerShape], ratio: float) -> list[list[int]]:
+    """Retrieval heads of every layer, spread evenly over the gated ones: ``ratio`` of their heads, rounded half up.
+
+    A layer with a native window keeps all of its heads, which hold no more than that window.
+
+    Raises:
+        ValueError: a ratio outside of [0, 1].
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"--retrieval-ratio must lie in [0, 1], got {ratio}")
+    gated = sum(shape.num_kv_heads for shape in shapes if shape.gated)
+    total = int(ratio * gated + 0.5)
+    found, seen, given = [], 0, 0
+    for shape in shapes:
+        if not shape.gated:
+            found.append(list(range(shape.num_kv_heads)))
+            continue
+        seen += shape.num_kv_heads
+        count = total * seen // gated - given
+        given += count
+        found.append(list(range(count)))
+    return found
 
 
 def _torchao() -> Any:

@@ -1,8 +1,8 @@
 """`duohead bench`: speed and memory, measured here, after the results were held against fp64 in the same process.
 
 `kernels` times attention of one layer against the best full attention there is, `model` whole models of true shapes,
-`capacity` the longest cache that fits, `identify` a step of gate training; all append records, of which `report` draws
-pictures. Run `duohead bench kernels --preset decode-table --json results/kernels.jsonl`.
+`capacity` the longest cache that fits, `identify` a step of gate training, `footprint` the bytes of caches; all append
+records, of which `report` draws pictures. Run `duohead bench kernels --preset decode-table --json kernels.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from duohead.bench.identify_lines import add_flags as add_identify
 from duohead.cli.bench_flags import (
     FLAGS,
+    FOOTPRINT_CASES,
     KERNEL_CASES,
     KERNEL_SIZES,
     MODEL_JOBS,
     add_capacity,
+    add_footprint,
     add_kernels,
     add_model,
     add_report,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from duohead.bench.cases import Case
+    from duohead.bench.footprint_cases import Asked
     from duohead.bench.jobs import Job
 
 __all__ = ["FLAGS", "add_arguments", "run"]
@@ -180,7 +183,7 @@ def _model(args: argparse.Namespace) -> int:
                 args.json,
                 op=f"model.{job.measure}",
                 impl=job.method,
-                shape=job.shape() | {"attention": result.attention(device.type)},
+                shape=job.shape() | {"attention": result.attention(device)},
                 dtype=dtype,
                 policy=result.policy,
                 numbers=result.numbers(limits),
@@ -270,7 +273,8 @@ def _capacity(args: argparse.Namespace) -> int:
         args, "decode", "duo", length=1, chunk=args.chunk, retrieval_ratio=args.retrieval_ratio
     )
     device, dtype = _place(args)
-    shape = job.shape() | {"chunk": job.chunk, "attention": choose(args.impl, device.type)}
+    name = choose(args.impl, device.type, index=device.index)
+    shape = job.shape() | {"chunk": job.chunk, "attention": name}
     memory = device_memory(device) if args.memory is None else int(args.memory * 2**30)
     started = time.monotonic()
 
@@ -301,6 +305,47 @@ def _capacity(args: argparse.Namespace) -> int:
     return 0
 
 
+def _footprint(args: argparse.Namespace) -> int:
+    from duohead.bench.footprint import line, record_fields
+    from duohead.bench.footprint import run as measured
+    from duohead.record import write_record
+
+    asked = _asked_footprint(args)
+    for found in measured(asked):
+        print(line(found), flush=True)
+        if args.json is not None:
+            write_record(args.json, **record_fields(found, asked))
+    return 0
+
+
+def _asked_footprint(args: argparse.Namespace) -> Asked:
+    from dataclasses import replace
+
+    from duohead.bench.footprint_cases import Asked, Kept, Range, Text, preset
+
+    device, dtype = _place(args)
+    if args.dtype is None:
+        import torch
+
+        dtype = torch.bfloat16  # what is counted is bytes, and nobody serves in float32
+    if args.preset is not None:
+        asked = preset(args.preset)
+        refuse(args, FOOTPRINT_CASES, BESIDE_A_PRESET)
+        if args.keep_all:
+            raise ValueError(f"--keep-all: {BESIDE_A_PRESET}")
+        return replace(asked, device=device, dtype=dtype)
+    if args.keep_all:
+        why = "of no use with --keep-all, by which streaming heads keep every token"
+        refuse(args, ("--sink", "--recent"), f"{why}; leave one of the two out")
+    texts = [Text(*both) for both in itertools.product(args.lengths, args.decode)]
+    names = ("sink", "recent", "retrieval_dtype", "streaming_dtype", "window_dtype")
+    shared = {name: getattr(args, name) for name in names}
+    kept = [Kept(ratio, **shared, evict=not args.keep_all) for ratio in args.retrieval_ratio]
+    tokens = sorted(text.tokens for text in texts)
+    whole = Range(tokens[0], tokens[-1])
+    return Asked(args.model, texts, kept, [whole], args.batch, dtype, device)
+
+
 def _report(args: argparse.Namespace) -> int:
     from duohead.bench.plots import draw, write_page
 
@@ -323,6 +368,11 @@ KINDS: dict[str, tuple[str, Any, Any]] = {
         "a step of gate training, and what a whole run would take",
         add_identify,
         _identify,
+    ),
+    "footprint": (
+        "bytes of a cache as allocated, beside the model's own with its native windows",
+        add_footprint,
+        _footprint,
     ),
     "report": ("pictures of what the others measured", add_report, _report),
 }

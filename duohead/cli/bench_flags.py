@@ -21,7 +21,6 @@ KERNEL_SIZES = {
     "past": (0, "tokens that prefill finds in the cache"),
 }
 MODEL_SIZES = {name: KERNEL_SIZES[name] for name in ("batch", "sink", "recent")}
-STORAGE = ("auto", "bf16", "fp8", "int8", "int4")
 STORAGE_FLAGS = ("--retrieval-dtype", "--streaming-dtype")
 PLACE_FLAGS = ("--impl", "--dtype", "--device", "--json")
 # What is measured, which a preset says by itself; the other flags say how.
@@ -58,8 +57,21 @@ CAPACITY_FLAGS = (
     *STORAGE_FLAGS,
     *PLACE_FLAGS,
 )
+FOOTPRINT_CASES = (
+    "--model",
+    "--lengths",
+    "--decode",
+    "--retrieval-ratio",
+    "--keep-all",
+    *(f"--{name}" for name in MODEL_SIZES),
+    *STORAGE_FLAGS,
+    "--window-dtype",
+)
+FOOTPRINT_FLAGS = (*FOOTPRINT_CASES, "--preset", "--dtype", "--device", "--json")
 REPORT_FLAGS = ("--out", "--png")
-FLAGS = KERNEL_FLAGS + MODEL_FLAGS + CAPACITY_FLAGS + IDENTIFY_FLAGS + REPORT_FLAGS
+FLAGS = (
+    KERNEL_FLAGS + MODEL_FLAGS + CAPACITY_FLAGS + IDENTIFY_FLAGS + FOOTPRINT_FLAGS + REPORT_FLAGS
+)
 
 
 def _add_common(add: Any, sizes: dict[str, tuple[int, str]]) -> None:
@@ -68,9 +80,9 @@ def _add_common(add: Any, sizes: dict[str, tuple[int, str]]) -> None:
     for kind in ("retrieval", "streaming"):
         add(
             f"--{kind}-dtype",
-            choices=STORAGE,
             default="auto",
-            help=f"storage of {kind} heads (%(default)s)",
+            metavar="D",
+            help=f"storage of {kind} heads: bf16, fp8, int8, int4, or two of them as KEYS/VALUES (%(default)s)",
         )
     add(
         "--dtype",
@@ -194,6 +206,38 @@ def add_capacity(add: Any) -> None:
         help="share of retrieval heads (%(default)s)",
     )
     _add_whole(add)
+
+
+def add_footprint(add: Any) -> None:
+    """Flags of `bench footprint` (FOOTPRINT_FLAGS)."""
+    add(
+        "--preset",
+        metavar="NAME",
+        help="laguna-card: the rows of the Laguna adapter's card and longer ones, instead of the rest",
+    )
+    add(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help="laguna-xs.2, llama-3-8b, llama-2-7b, qwen2.5-7b, mistral-7b, tiny, a folder or a hub id (%(default)s)",
+    )
+    _add_numbers(add, "--lengths", int, [4096], "tokens of the prompt")
+    _add_numbers(add, "--decode", int, [64], "tokens decoded after it")
+    _add_numbers(
+        add, "--retrieval-ratio", float, [0.5], "share of retrieval heads of global layers"
+    )
+    add(
+        "--keep-all",
+        action="store_true",
+        help="streaming heads keep every token too, as --streaming-dtype says",
+    )
+    add(
+        "--window-dtype",
+        default="auto",
+        metavar="D",
+        help="storage of heads with a native window, likewise (%(default)s)",
+    )
+    _add_common(add, MODEL_SIZES)
 
 
 def add_report(add: Any) -> None:
