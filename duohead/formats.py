@@ -12,10 +12,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from duohead.shapes import layer_shapes
 
 MODEL_TYPE = "duohead"
 FORMAT_VERSION = 1
@@ -26,6 +29,7 @@ CONFIG, TSV, TENSORS, PICKLE = (
     "full_attention_heads.pt",
 )
 ADAPTER = "duo_attention"
+ADAPTER_THRESHOLD = 0.5  # where the Laguna adapter's own loader splits its gates
 PRECISIONS = ("retrieval_dtype", "streaming_dtype", "window_dtype")
 
 # Trained gates overshoot [0, 1] by a rounding error or an optimiser step; further out it is no file of gates.
@@ -58,8 +62,8 @@ def read(folder: Path) -> dict[str, Any]:
     )
 
 
-def fetch(name: str, revision: str | None) -> Path:
-    """Folder of a hub repository's pattern files, downloaded if the hub can be reached and they are not here yet."""
+def fetch(name: str, revision: str | None, **options: Any) -> Path:
+    """Folder of a hub repository's pattern files, downloaded if need be; `options` are snapshot_download's own."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(
             f"{name}: no such folder, and not a hub id either; name a pattern's folder or owner/name"
@@ -68,11 +72,8 @@ def fetch(name: str, revision: str | None) -> Path:
 
     patterns = [CONFIG, TSV, TENSORS, f"{ADAPTER}/*"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what huggingface_hub documents for every failure, offline included
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
+    except (OSError, ValueError) as error:  # as huggingface_hub documents, being offline included
         raise ValueError(
             f"{name}: no such folder, and it cannot be had from the hub ({_first_line(error)}); "
             f"check the name and the connection, or name a local folder"
@@ -105,8 +106,9 @@ def contents(fields: Mapping[str, Any]) -> dict[str, bytes]:
     }
     # Nine digits are what it takes to tell any two float32 values apart.
     rows = ("\t".join(f"{float(value):.9g}" for value in row) for row in alpha)
+    tensors = {"alpha": alpha, "raw_alpha": fields["raw_alpha"]}
     return {
-        TENSORS: save({"alpha": np.ascontiguousarray(alpha)}),
+        TENSORS: save({k: np.ascontiguousarray(v) for k, v in tensors.items() if v is not None}),
         TSV: ("\n".join(rows) + "\n").encode(),
         CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
     }
@@ -132,7 +134,7 @@ def _read_own(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
         _integer(config, "num_hidden_layers", path, minimum=1),
         _integer(config, "num_key_value_heads", path, minimum=1),
     )
-    alpha = _read_tensors(folder / TENSORS)
+    alpha, raw_alpha = _read_tensors(folder / TENSORS)
     table = _read_tsv(folder / TSV)
     for file, values in ((TENSORS, alpha), (TSV, table)):
         if values.shape != shape:
@@ -153,6 +155,7 @@ def _read_own(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
         )
     return {
         "alpha": alpha,
+        "raw_alpha": raw_alpha,
         "sink": _integer(config, "sink_size", path, minimum=0),
         "recent": _integer(config, "recent_size", path, minimum=1),
         "base_model": _optional(config, "base_model_name_or_path", path, str),
@@ -172,6 +175,7 @@ def _read_upstream(folder: Path, config: dict[str, Any] | None) -> dict[str, Any
     path = folder / CONFIG
     if config is None:
         raise ValueError(f"{path} is missing beside {TSV}; it must hold sink_size and recent_size")
+    _check_gates(raw := _read_tsv(folder / TSV), folder / TSV)
     # The reference code stores its whole command line; what is not about training would only mislead.
     training = {
         key: config[key]
@@ -179,7 +183,7 @@ def _read_upstream(folder: Path, config: dict[str, Any] | None) -> dict[str, Any
         if key in config
     }
     return {
-        "alpha": _clipped(_read_tsv(folder / TSV), folder / TSV),
+        "alpha": np.clip(raw, 0.0, 1.0),
         "sink": _integer(config, "sink_size", path, minimum=0),
         "recent": _integer(config, "recent_size", path, minimum=1),
         "base_model": _optional(config, "model_name", path, str),
@@ -188,32 +192,69 @@ def _read_upstream(folder: Path, config: dict[str, Any] | None) -> dict[str, Any
 
 
 def _read_adapter(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    path = folder / ADAPTER / CONFIG
-    settings = _json(path) if path.exists() else config.get(ADAPTER)
-    if not isinstance(settings, dict):
+    own = folder / ADAPTER / CONFIG
+    block = _optional(config, ADAPTER, folder / CONFIG, dict) or {}
+    settings = {**block, **(_json(own) if own.exists() else {})}
+    path = own if own.exists() else folder / CONFIG
+    if not settings:
         raise ValueError(
             f"{folder} holds an adapter without settings: expected {ADAPTER}/{CONFIG}, or a mapping {ADAPTER!r} in "
-            f"{CONFIG}, found {type(settings).__name__}; download the repository whole"
+            f"{CONFIG}, found neither; download the repository whole"
         )
-    if not path.exists():
-        path = folder / CONFIG
-    pickle_file, table = folder / ADAPTER / PICKLE, folder / ADAPTER / TSV
-    if pickle_file.exists():
-        alpha = _clipped(_read_pickle(pickle_file), pickle_file)
-    elif table.exists():
-        alpha = _clipped(_read_tsv(table), table)
-    else:
+    if settings.get("format_version", 1) != 1:
         raise ValueError(
-            f"{folder / ADAPTER} holds neither {PICKLE} nor {TSV}; download the repository whole"
+            f"{path}: format_version must be 1, got {settings['format_version']!r}; look for a newer duohead"
         )
+    raw = _read_gates(folder, settings, path)
     return {
-        "alpha": alpha,
+        **_ranked(raw, config, folder),
+        "raw_alpha": raw.astype(np.float32),
         "sink": _integer(settings, "sink_size", path, minimum=0),
         "recent": _integer(settings, "recent_size", path, minimum=1),
         "base_model": _optional(settings, "base_model_name_or_path", path, str)
         or _optional(settings, "base_model", path, str),
         "base_revision": _optional(settings, "base_model_revision", path, str),
         "base_type": _optional(config, "model_type", folder / CONFIG, str),
+        "selection": {"threshold": ADAPTER_THRESHOLD},
+    }
+
+
+def _read_gates(folder: Path, settings: Mapping[str, Any], path: Path) -> NDArray[np.float64]:
+    """The gates of an adapter as they are: its tensor, or the table that says the same in text."""
+    for key, name, reader in (
+        ("full_attention_heads_file", PICKLE, _read_pickle),
+        ("full_attention_heads_tsv_file", TSV, _read_tsv),
+    ):
+        given = _optional(settings, key, path, str) or f"{ADAPTER}/{name}"
+        if ".." in Path(given).parts or Path(given).is_absolute():
+            raise ValueError(f"{path}: {key} must name a file of the folder, got {given!r}")
+        for found in (folder / given, folder / ADAPTER / given):
+            if found.is_file():
+                _check_gates(values := reader(found), found)
+                return values
+    raise ValueError(
+        f"{folder / ADAPTER} holds neither {PICKLE} nor {TSV}; download the repository whole"
+    )
+
+
+def _ranked(raw: NDArray[np.float64], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Alphas out of raw gates, and what the model's own config beside them says of its layers."""
+    alpha = np.clip(raw, 0.0, 1.0).astype(np.float32)
+    if config.get("layer_types") is None:
+        return {"alpha": alpha}
+    try:
+        shapes = layer_shapes(SimpleNamespace(**config))
+        # The adapter trained every layer as if it were global; one with a window of its own keeps that.
+        alpha[[not shape.gated for shape in shapes]] = np.nan
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG}: expected the config of a model with {len(alpha)} layers, as there are gates for, but "
+            f"it is not ({_first_line(error)}); download the repository whole"
+        ) from error
+    return {
+        "alpha": alpha,
+        "windows": [shape.window for shape in shapes],
+        "kv_heads": [shape.num_kv_heads for shape in shapes],
     }
 
 
@@ -249,7 +290,8 @@ def _read_tsv(path: Path) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64)
 
 
-def _read_tensors(path: Path) -> Alpha:
+def _read_tensors(path: Path) -> tuple[Alpha, Alpha | None]:
+    """Alphas, and the raw gates that they were made of if the file has them."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -262,13 +304,13 @@ def _read_tensors(path: Path) -> Alpha:
             f"{path}: expected a safetensors file, but it cannot be read ({_first_line(error)}); "
             f"it may be truncated, copy it again"
         ) from error
-    alpha = tensors.get("alpha")
+    alpha, raw = tensors.get("alpha"), tensors.get("raw_alpha")
     if alpha is None or alpha.ndim != 2 or alpha.dtype != np.float32:
         found = {name: f"{tensor.dtype} {tensor.shape}" for name, tensor in tensors.items()}
         raise ValueError(
             f"{path}: expected one float32 matrix 'alpha', found {found}; identify again"
         )
-    return alpha
+    return alpha, raw
 
 
 def _read_pickle(path: Path) -> NDArray[np.float64]:
@@ -297,7 +339,7 @@ def _read_pickle(path: Path) -> NDArray[np.float64]:
         ) from error
 
 
-def _clipped(values: NDArray[np.float64], path: Path) -> Alpha:
+def _check_gates(values: NDArray[np.float64], path: Path) -> None:
     if np.isnan(values).any():
         layer, head = np.argwhere(np.isnan(values))[0]
         raise ValueError(
@@ -305,7 +347,6 @@ def _clipped(values: NDArray[np.float64], path: Path) -> Alpha:
             f"(not gated); the training run diverged, or use HeadPattern.from_alpha if it was meant so"
         )
     _check_range(values, path, *RAW_RANGE)
-    return np.clip(values, 0.0, 1.0).astype(np.float32)
 
 
 def _check_range(values: NDArray[Any], path: Path, low: float, high: float) -> None:

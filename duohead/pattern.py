@@ -23,6 +23,8 @@ from duohead.shapes import LayerShape, layer_shapes, text_config
 if TYPE_CHECKING:
     from duohead.policy import HeadPolicy
 
+ARRAYS = ("alpha", "raw_alpha")
+
 
 @dataclass(frozen=True, eq=False)
 class HeadPattern:
@@ -38,6 +40,8 @@ class HeadPattern:
             alpha beyond a layer's count are NaN.
         selection: keyword arguments of `policy` that the maker recommends; nothing applies them by itself.
         training: how alpha was made (JSON).
+        raw_alpha: the gates as another tool trained them, for every layer and unclipped, shaped like ``alpha``; nothing
+            is chosen by them. None for patterns of our own making.
 
     Raises:
         ValueError: a field breaks these rules; the message names it.
@@ -53,11 +57,15 @@ class HeadPattern:
     kv_heads: tuple[int, ...] | None = None
     selection: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    raw_alpha: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        alpha = np.array(self.alpha, dtype=np.float32)
-        alpha.flags.writeable = False
-        object.__setattr__(self, "alpha", alpha)
+        for name in ARRAYS:
+            if getattr(self, name) is not None:
+                array = np.array(getattr(self, name), dtype=np.float32)
+                array.flags.writeable = False
+                object.__setattr__(self, name, array)
+        alpha, raw = self.alpha, self.raw_alpha
         for name in ("windows", "kv_heads"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
@@ -67,6 +75,11 @@ class HeadPattern:
             raise ValueError(f"alpha must have shape (layers, kv_heads), got {alpha.shape}")
         _check_alpha(alpha)
         self._check_layers()
+        if raw is not None and (raw.shape != alpha.shape or not np.isfinite(raw).all()):
+            raise ValueError(
+                f"raw_alpha must hold a finite gate for every entry of alpha {alpha.shape}, got shape {raw.shape} with "
+                f"{int((~np.isfinite(raw)).sum())} that are not finite; leave it out if there is none"
+            )
 
     @classmethod
     def from_alpha(cls, alpha: Any, *, model: Any = None, **fields: Any) -> Self:
@@ -182,7 +195,7 @@ class HeadPattern:
             head_dim: head size with which ``kv_budget`` counts; it matters for quantised storage only.
             ranks: tensor-parallel ranks over which ``retrieval_ratio`` balances.
             options: fields of `HeadPolicy`: ``prefill_recent``, ``retrieval_dtype``, ``streaming_dtype``,
-                ``window_dtype``, ``visibility``.
+                ``window_dtype``, ``evict``, ``visibility``.
 
         Raises:
             ValueError: not exactly one selector, or a value out of range.
@@ -228,10 +241,8 @@ class HeadPattern:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, HeadPattern):
             return NotImplemented
-        return np.array_equal(self.alpha, other.alpha, equal_nan=True) and all(
-            getattr(self, item.name) == getattr(other, item.name)
-            for item in fields(self)
-            if item.name != "alpha"
+        return all(
+            _same(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)
         )
 
     def __hash__(self) -> int:
@@ -304,6 +315,13 @@ class HeadPattern:
                 f"({native[wrong[0]]} tokens in layer {wrong[0]}) and so are not ranked; "
                 f"leave them to it with pattern.ungate({wrong})"
             )
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, np.ndarray) or isinstance(theirs, np.ndarray):
+        both = mine is not None and theirs is not None
+        return both and np.array_equal(mine, theirs, equal_nan=True)
+    return bool(mine == theirs)
 
 
 def _as_matrix(alpha: ArrayLike) -> NDArray[np.float32]:

@@ -24,20 +24,20 @@ PERMITTED = {
     "identify": "scorer text dataset out restart log dtype device revision steps learning-rate learning-rate-floor "
     "warmup reg-weight initial sink recent context-min context-max context-lengths num-passkeys passkey-words "
     "depth-min depth-max depth-steps teacher-full gradient-checkpointing no-deterministic patience "
-    "patience-ratios patience-slack wording chat sequence-parallel shard save-every seed",
+    "patience-ratios patience-slack wording chat sequence-parallel shard save-every seed target",
     "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png capacity model weights memory "
-    "chunk retrieval-dtype streaming-dtype",
+    "chunk retrieval-dtype streaming-dtype window-dtype keep-all",
     "evaluate": "model pattern retrieval-ratio sink recent prefill-recent windows random-draws dtype device tasks "
     "grid lengths depths samples text chunk batch speed-tokens json png seed "  # needle
     "model pattern retrieval-ratio sink recent prefill-recent windows random-draws dtype device lengths "
     "samples bins text chunk json png seed "  # prose
     "model scorers set seeds retrieval-ratio sink recent tasks lengths depths samples text haystack chunk "
     "batch out workers dtype device json png seed "  # compare
-    "model pattern retrieval-ratio sink recent methods random-draws tasks num-fewshot limit batch-size "
+    "model pattern retrieval-ratio sink recent prefill-recent methods random-draws tasks num-fewshot limit batch-size "
     "max-length chunk include-path metadata gen-kwargs apply-chat-template fewshot-as-multiturn "
     "no-fewshot-as-multiturn system-instruction confirm-run-unsafe-code dtype device revision json seed",  # lm-eval
     "generate": "policy retrieval-ratio kv-budget threshold sink recent prefill-recent retrieval-dtype streaming-dtype "
-    "prompt-file max-new-tokens chunk engine max-length temperature top-p seed dtype device",
+    "window-dtype keep-all prompt-file max-new-tokens chunk engine max-length temperature top-p seed dtype device",
     "bench": "op preset lengths retrieval-ratio baselines seconds heads kv-heads head-dim batch sink recent "
     "queries past retrieval-dtype streaming-dtype impl dtype device json "  # kernels
     "measure methods model preset lengths chunks retrieval-ratio weights compile seconds batch sink "
@@ -45,8 +45,12 @@ PERMITTED = {
     "model tokens prefill chunk memory retrieval-ratio weights compile batch sink recent retrieval-dtype "
     "streaming-dtype impl dtype device json "  # capacity
     "model lengths kernels checkpointing shard runs steps sink recent dtype device json "  # identify
+    "preset model lengths decode retrieval-ratio keep-all window-dtype batch sink recent retrieval-dtype "
+    "streaming-dtype dtype device json "  # footprint
     "out png",  # report
     "report": "out",
+    "export": "base base-revision out name retrieval-ratio kv-budget threshold tokens sink recent prefill-recent "
+    "retrieval-dtype streaming-dtype window-dtype keep-all results",
 }
 
 

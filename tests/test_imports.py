@@ -14,8 +14,8 @@ PACKAGE = ROOT / "duohead"
 
 # A room imports only rooms above it.
 ROOMS = (
-    "files", "record", "shapes", "codec", "selection", "policy", "formats", "pattern", "mask", "cache", "attention",
-    "models", "pocket", "identify", "evaluate", "bench", "cli",
+    "files", "record", "shapes", "fingerprint", "codec", "selection", "storage", "policy", "formats", "pattern",
+    "mask", "cache", "attention", "models", "pocket", "adapter", "identify", "evaluate", "bench", "cli",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "triton", "cutlass", "flash_attn", "matplotlib", "tokenizers")
 

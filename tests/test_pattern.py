@@ -73,6 +73,14 @@ def test_bad_alphas_are_refused(alpha, message) -> None:
         ({"windows": [None]}, r"windows must have one entry per layer of alpha \(3\), got 1"),
         ({"windows": [None, "a", None]}, "an entry of windows must be an integer >= 1, got 'a'"),
         ({"kv_heads": [4, 4]}, "kv_heads must have one entry per layer"),
+        (
+            {"raw_alpha": np.zeros((3, 3))},
+            r"raw_alpha must hold a finite gate for every entry .*got shape \(3, 3\)",
+        ),
+        (
+            {"raw_alpha": np.full((3, 4), NAN)},
+            "raw_alpha must hold a finite gate .*with 12 that are not finite",
+        ),
         ({"kv_heads": [4, 4, 3]}, "alpha of layer 2 must have gates for all of its 3 KV heads"),
         ({"kv_heads": [4, 4, 5]}, "alpha of layer 2 must have gates for all of its 5 KV heads"),
     ],

@@ -262,6 +262,8 @@ def test_the_published_patterns_load(shared: Path) -> None:
 def test_an_adapter_folder_loads_from_its_tensor(tmp_path: Path) -> None:
     loaded = HeadPattern.load(adapter(tmp_path, torch.tensor([[-0.01, 0.5], [1.01, 0.25]])))
     assert loaded.alpha.tolist() == [[0.0, 0.5], [1.0, 0.25]]
+    assert np.array_equal(loaded.raw_alpha, np.float32([[-0.01, 0.5], [1.01, 0.25]]))
+    assert dict(loaded.selection) == {"threshold": 0.5}
     assert (loaded.sink, loaded.recent) == (64, 256)
     assert (loaded.base_model, loaded.base_type) == ("some/laguna", "laguna")
 
@@ -275,6 +277,24 @@ def test_an_adapter_folder_loads_from_its_table_and_its_top_config(tmp_path: Pat
     loaded = HeadPattern.load(folder)
     assert loaded.alpha.tolist() == [[0.5, 1.0]]
     assert (loaded.sink, loaded.recent) == (3, 5)
+
+
+def test_layers_that_an_adapters_model_windows_are_not_ranked(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, torch.tensor([[0.25, 1.5], [0.75, 1.0]]))
+    model = {
+        "model_type": "laguna", "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 8, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7,
+    }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(model))
+    loaded = HeadPattern.load(folder)
+    assert np.array_equal(loaded.alpha, np.float32([[0.25, 1], [NAN, NAN]]), equal_nan=True)
+    assert loaded.raw_alpha is not None and loaded.raw_alpha.tolist() == [[0.25, 1.5], [0.75, 1.0]]
+    assert (loaded.windows, loaded.kv_heads) == ((None, 7), (2, 2))
+    loaded.save(tmp_path / "ours")
+    assert HeadPattern.load(tmp_path / "ours") == loaded
+    (folder / CONFIG).write_text(json.dumps({**model, "layer_types": ["full_attention"]}))
+    with pytest.raises(ValueError, match="expected the config of a model with 2 layers"):
+        HeadPattern.load(folder)
 
 
 class Hostile:

@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue a prompt with the smaller cache",
     "evaluate": "measure what accuracy remains",
     "bench": "measure speed and memory",
+    "export": "write an adapter that transformers loads: heads and settings, no weights",
     "report": "draw records, patterns and training logs on one page",
 }
 USER_ERROR, INTERRUPTED = 2, 130

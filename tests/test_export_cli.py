@@ -1,0 +1,240 @@
+"""`duohead export`: an adapter from a pattern, its card, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_adapters import base_and_pattern, laguna_folder, laguna_model
+from transformers import AutoModelForCausalLM
+
+from duohead import HeadPattern, record
+from duohead.adapter.load import open_adapter
+from duohead.cli import main
+from duohead.cli.export import FLAGS
+from duohead.models import policy_of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path]:
+    return base_and_pattern(tmp_path_factory.mktemp("export"))
+
+
+def export(*words: Any) -> int:
+    return main(["export", *map(str, words)])
+
+
+def records(path: Path, base: Path, pattern: HeadPattern, *, ratio: float = 0.5) -> None:
+    """Three rows as `duohead evaluate` writes them: full attention, these heads, and other heads."""
+    policy = pattern.policy(retrieval_ratio=ratio)
+    model = AutoModelForCausalLM.from_pretrained(base).config
+    ours = policy.bind(model, dtype="float32").digest()
+    for impl, digest, value in (("full", None, 1.0), ("duo", ours, 0.875), ("duo", "0" * 12, 0.25)):
+        record.write_record(
+            path,
+            op="evaluate.needle",
+            impl=impl,
+            dtype="float32",
+            policy=digest,
+            numbers={"exact_match": value, "kv_bytes": 4096 if impl == "full" else 2048, "answers": 8},
+            shape={
+                "model": str(base),
+                "task": "passkeys",
+                "task_version": 1,
+                "length": 64 if digest != "0" * 12 else 65,
+                "retrieval_ratio": 1.0 if impl == "full" else ratio,
+                "sink": None if impl == "full" else pattern.sink,
+                "recent": None if impl == "full" else pattern.recent,
+            },
+        )  # fmt: skip
+
+
+def test_an_export_loads_and_says_what_it_is(made, tmp_path, capsys) -> None:
+    base, heads = made
+    out = tmp_path / "adapter"
+    code = export(
+        heads, "--base", base, "--out", out, "--retrieval-ratio", 0.25, "--sink", 3, "--recent", 6,
+        "--retrieval-dtype", "fp8", "--streaming-dtype", "int8", "--name", "me/heads",
+    )  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "hf upload me/heads" in said.out
+    assert f"the base {base} is a folder of this machine" in said.err
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "duohead"
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_duohead.DuoheadForCausalLM"
+    assert config["base_model_name_or_path"] == str(base)
+    assert config["selection"] == {"retrieval_ratio": 0.25, "sink": 3, "recent": 6}
+    assert config["precisions"] == {"retrieval_dtype": "fp8", "streaming_dtype": "int8"}
+    assert re.fullmatch(r"duohead>=[\d.]+\n", (out / "requirements.txt").read_text())
+    assert (out / "heads.png").read_bytes().startswith(b"\x89PNG")
+    expected = HeadPattern.load(heads).policy(
+        retrieval_ratio=0.25, sink=3, recent=6, retrieval_dtype="fp8", streaming_dtype="int8"
+    )
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert policy_of(model) == expected.bind(model)
+
+
+def test_without_flags_the_patterns_own_settings_hold_else_half_the_heads(made, tmp_path) -> None:
+    heads = made[1]
+    assert export(heads, "--out", tmp_path / "a", "--keep-all", "--streaming-dtype", "int4") == 0
+    found = open_adapter(tmp_path / "a")
+    assert dict(found.pattern.selection) == {
+        "retrieval_ratio": 0.5, "evict": False, "streaming_dtype": "int4"
+    }  # fmt: skip
+    assert export(tmp_path / "a", "--out", tmp_path / "b", "--kv-budget", 0.9, "--tokens", 64) == 0
+    assert dict(open_adapter(tmp_path / "b").pattern.selection) == {
+        "kv_budget": 0.9, "tokens": 64, "evict": False, "streaming_dtype": "int4"
+    }  # fmt: skip
+
+
+def test_the_card_computes_its_bytes_and_tells_how_the_heads_were_found(made, tmp_path) -> None:
+    base, heads = made
+    assert export(heads, "--base", base, "--out", tmp_path / "a", "--retrieval-ratio", 0.5) == 0
+    text = (tmp_path / "a" / "README.md").read_text()
+    adapter = open_adapter(tmp_path / "a")
+    bound = adapter.policy.bind(adapter.config)
+    longest = adapter.config.max_position_embeddings
+    assert f"| {longest:,} | {bound.dense_kv_bytes(longest) / 2**20:.2f} MiB |" in text
+    assert f"| {bound.kv_bytes(longest) / bound.dense_kv_bytes(longest):.1%}".replace("%", " %") in text  # fmt: skip
+    assert f"smaller at every length from {bound.saves_from():,} tokens" in text
+    assert "6 of 12 KV heads keep every token (50.0 %)" in text
+    assert "the first 2 and the last 4 tokens" in text
+    assert "| method | drawn by lot |" in text
+    assert "Nothing yet: there were no records" in text
+    assert "trust_remote_code=True" in text and "![Alphas of all heads](heads.png)" in text
+    assert not re.search(r"\bNone\b|nan", text)
+    front = text.split("---\n")[1]
+    assert "library_name: transformers\n" in front and str(base) not in front
+
+
+def test_the_card_shows_records_of_these_heads_only(made, tmp_path, capsys) -> None:
+    base, heads = made
+    records(tmp_path / "r.jsonl", base, HeadPattern.load(heads))
+    words = (heads, "--base", base, "--retrieval-ratio", 0.5, "--results", tmp_path / "r.jsonl")
+    assert export(*words, "--out", tmp_path / "a") == 0
+    assert "left out 1 records about other models or heads" in capsys.readouterr().err
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "| duo | 50.0 % | 87.5 % |" in text and "| full | 100.0 % | 100.0 % |" in text
+    assert "25.0 %" not in text
+    assert "Some of these rows have exactly the settings above" in text
+    assert export(*words[:3], "--retrieval-ratio", 0.25, *words[5:], "--out", tmp_path / "b") == 0
+    text = (tmp_path / "b" / "README.md").read_text()
+    assert "None of these rows have exactly the settings above" in text
+
+
+def test_records_beside_the_pattern_are_found_and_an_export_into_its_folder_adds_to_it(
+    tmp_path,
+) -> None:
+    base, heads = base_and_pattern(tmp_path)
+    records(heads / "needle.jsonl", base, HeadPattern.load(heads))
+    for _ in range(2):  # the same again changes nothing
+        assert export(heads, "--base", base, "--out", heads) == 0
+    assert "| duo | 50.0 % | 87.5 % |" in (heads / "README.md").read_text()
+    assert (heads / "needle.jsonl").exists()
+    assert policy_of(AutoModelForCausalLM.from_pretrained(heads)) is not None
+
+
+def test_records_of_another_model_are_refused(made, tmp_path, capsys) -> None:
+    base, heads = made
+    records(tmp_path / "r.jsonl", base, HeadPattern.load(heads))
+    lines = (tmp_path / "r.jsonl").read_text().replace(str(base), "other/model")
+    (tmp_path / "r.jsonl").write_text(lines)
+    code = export(heads, "--base", base, "--out", tmp_path / "a", "--results", tmp_path / "r.jsonl")
+    assert code == 2
+    assert "none of the 3 records there is about" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_matplotlib_the_card_has_its_heat_map_in_letters(
+    made, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert export(made[1], "--out", tmp_path / "a") == 0
+    assert "pip install 'duohead[report]'" in capsys.readouterr().err
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "heads.png" not in text and re.search(r"\n    0  \S+ +\d\n", text)
+
+
+def test_a_pinned_commit_of_a_hub_base_stands_in_the_config(made, tmp_path, monkeypatch) -> None:
+    base, heads = made
+    from duohead.adapter import load
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    real = load.AutoConfig.from_pretrained
+
+    def config(name: str, **options: Any) -> Any:
+        assert (name, options["revision"]) == ("org/model", "v2")
+        return real(base)
+
+    def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        assert (name, revision, allow_patterns) == ("org/model", "v2", ["config.json"])
+        return f"/cache/models--org--model/snapshots/{commit}"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", config)
+    assert export(heads, "--base", "org/model", "--base-revision", "v2", "--out", tmp_path / "a") == 0  # fmt: skip
+    pattern = HeadPattern.load(tmp_path / "a")
+    assert (pattern.base_model, pattern.base_revision) == ("org/model", commit)
+    front = (tmp_path / "a" / "README.md").read_text().split("---\n")[1]
+    assert "base_model: org/model\nbase_model_relation: adapter\n" in front
+
+
+def test_a_laguna_adapter_becomes_one_of_ours(tmp_path) -> None:
+    config = laguna_model().config
+    config.save_pretrained(tmp_path / "base")
+    folder = laguna_folder(tmp_path / "published", config, "some/laguna")
+    code = export(folder, "--base", tmp_path / "base", "--out", tmp_path / "a", "--window-dtype", "int4")  # fmt: skip
+    assert code == 0
+    found = open_adapter(tmp_path / "a")
+    assert dict(found.pattern.selection) == {"threshold": 0.5, "window_dtype": "int4"}
+    published = HeadPattern.load(folder)
+    assert found.policy == published.policy(threshold=0.5, window_dtype="int4")
+    assert (found.pattern.raw_alpha == published.raw_alpha).all()
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "30 layers have a native window and keep it" in text
+    assert "whose gates of all layers are kept as `raw_alpha`" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--base", "pocket"), "do not go together: pattern has 3 layers but the model has 6"),
+        (("--base", "./nothing"), "needs its base model ./nothing, which cannot be loaded"),
+        (("--base", "nobody/nothing"), "needs its base model nobody/nothing, which cannot be loaded"),
+        (("--retrieval-ratio", "2"), r"retrieval_ratio must lie in \[0, 1\], got 2.0"),
+        (("--streaming-dtype", "int3"), "streaming_dtype must be"),
+        (("--keep-all", "--sink", "3"), "--sink: of no use with --keep-all"),
+        (("--base-revision", "v1"), "--base-revision v1: of no use for .*, which is not on the hub"),
+        (("--tokens", "64"), "--tokens says where --kv-budget counts"),
+        (("--retrieval-ratio", "1", "--threshold", "1"), "not allowed with argument"),
+        (("--results", "nothing.jsonl"), "nothing.jsonl does not exist"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line_and_write_nothing(
+    made, tmp_path, monkeypatch, capsys, words, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export(made[1], "--out", tmp_path / "a", *words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(message, said), said
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_card_that_somebody_wrote_is_not_replaced(made, tmp_path, capsys) -> None:
+    assert export(made[1], "--out", tmp_path / "a") == 0
+    (tmp_path / "a" / "README.md").write_text("my own words\n")
+    assert export(made[1], "--out", tmp_path / "a") == 2
+    assert "README.md is there already and says something else" in capsys.readouterr().err
+    assert (tmp_path / "a" / "README.md").read_text() == "my own words\n"
+
+
+def test_the_flags_are_those_listed() -> None:
+    from duohead.cli import build_parser
+
+    parser = build_parser("export")
+    child = next(a for a in parser._actions if hasattr(a, "choices") and a.choices)
+    flags = {flag for action in child.choices["export"]._actions for flag in action.option_strings}
+    assert flags - {"-h", "--help"} == set(FLAGS)
