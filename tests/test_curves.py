@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 import re
 
-from duohead.evaluate.curves import STYLES, Axis, Curve, curve_chart, legend, styles_of, unstyled
+from duohead.evaluate.curves import (
+    REFERENCE,
+    STYLES,
+    Axis,
+    Curve,
+    curve_chart,
+    legend,
+    mark,
+    styles_of,
+    unstyled,
+)
+from duohead.evaluate.footprint import STYLES as STYLES_OF_METHODS
 from duohead.evaluate.heatmap import HeatMap
 
 
@@ -33,6 +44,29 @@ def test_curves_stay_inside_the_frame_and_apart_in_style() -> None:
     many = styles_of(names, fixed=fixed)
     assert len(set(many.values())) == len(many) == 17
     assert unstyled(names, many) == " In the table only: 15."
+
+
+def test_every_scorer_has_a_mark_that_is_told_without_its_colour() -> None:
+    from duohead.identify.scorers import NAMES
+
+    styles = styles_of(["full", *NAMES], fixed=STYLES_OF_METHODS)
+    every = {*styles.values(), REFERENCE, *STYLES, *(f"{style} dash" for style in STYLES)}
+    forms = {style: (bare(mark(0.0, 0.0, style)), "dash" in style) for style in every}
+    assert styles.keys() >= {"full", *NAMES}
+    assert len(set(forms.values())) == len(every) == 17
+
+
+def bare(svg: str) -> str:
+    """A mark without the class that colours it."""
+    return re.sub(r' class="[^"]*"', "", svg)
+
+
+def test_a_comparisons_plot_marks_every_scorer_differently() -> None:
+    from duohead.evaluate.compare_view import _look
+    from duohead.identify.scorers import NAMES
+
+    looks = [_look(number) for number in range(len(NAMES))]
+    assert len({look["marker"] for look in looks}) == len(NAMES)
 
 
 def test_an_axis_without_zero_shows_small_differences() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,30 @@ def test_an_experiment_hides_no_number(tmp_path) -> None:
     text = Page(render(collect([tmp_path]))).text
     assert all(f"{value:.4g}" in text for own in scores.values() for value in own.values())
     assert "more numbers" not in text
+
+
+def test_numbers_that_are_a_table_stand_as_one(tmp_path) -> None:
+    accuracy = {f"old {ratio}": {"passkeys": 80.0, "key_value": ratio} for ratio in (0.5, 0.25)}
+    lines = [
+        line(
+            "findings.tuning", shape={"tuned_on": text}, numbers={"accuracy": accuracy, "loss": 3.5}
+        )
+        for text in ("prose", "talk")
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    text = Page(render(collect([tmp_path]))).text
+    assert "accuracy\n\ntuned on" in re.sub("\n+", "\n\n", text)
+    assert "passkeys\n\nkey value" in re.sub("\n+", "\n\n", text)
+    assert not re.search(r"accuracy\.|\.passkeys", text)
+
+
+def test_names_of_inner_numbers_are_read_as_words(tmp_path) -> None:
+    lines = [
+        line("findings.errors", shape={"task": task}, numbers={"by_depth": {"0.25": 3.0}})
+        for task in ("a", "b")
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    assert "by depth, 0.25" in Page(render(collect([tmp_path]))).text
 
 
 def test_gates_over_time_have_a_row_per_gated_head_of_the_pattern(html) -> None:

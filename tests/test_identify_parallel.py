@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ import torch
 from tiny_gates import gates_of, llama, sample
 from tiny_identification import OPTIONS, TEXT, run, tiny, tokenizer
 
+from duohead.cli import identify
 from duohead.identify import Step, train
 from duohead.identify.checkpoint import LOG
 from duohead.identify.gates import Gates, distillation, installed
 from duohead.identify.haystack import tokens
 from duohead.identify.options import IdentifyOptions
 from duohead.identify.parallel import Ranks, joined, shard
+from duohead.identify.scorers import score
 from duohead.pattern import HeadPattern
 from duohead.shapes import LayerShape
 
@@ -69,10 +72,29 @@ def everything(out: Path, device: str) -> None:
             run(out / "stopped", on_step=stop)
         run(out / "stopped")
         run(out / "pairs", options=replace(PAIRS, shard=True))
-        try:
-            run(out / "file")
-        except ValueError as error:
-            (out / f"error{ranks.rank}").write_text(str(error))
+        score(
+            "optimise", tiny(), tokenizer(), TEXT, out=out / "cost", options=PAIRS, progress=False
+        )
+        for name, attempt in MISTAKES.items():
+            try:
+                attempt(out)
+            except ValueError as error:
+                (out / f"{name}{ranks.rank}").write_text(str(error))
+
+
+def command(out: Path) -> None:
+    """What `duohead identify` does, with a log that is not installed on the machine of the first process."""
+    if Ranks.of().first:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    else:
+        sys.modules["wandb"] = ModuleType("wandb")
+    parser = argparse.ArgumentParser()
+    identify.add_arguments(parser)
+    args = parser.parse_args(["model", "--out", str(out / "log"), "--log", "wandb"])
+    identify._score(args, OPTIONS, Ranks.of())
+
+
+MISTAKES = {"error": lambda out: run(out / "file"), "log": command}
 
 
 def stop(step: Step) -> None:
@@ -160,9 +182,24 @@ def test_processes_with_a_sample_each_take_the_mean_over_samples(two: Path) -> N
         run(two / "pairs", options=PAIRS)
 
 
+def test_the_cost_is_that_of_all_processes(two: Path) -> None:
+    ids = tokens(TEXT, tokenizer(), at_least=400, at_most=6400)
+    samples = train._dataset(tokenizer(), ids, PAIRS, 400)
+    whole = sum(len(samples[index].input_ids) for index in range(2 * PAIRS.steps))
+    cost = HeadPattern.load(two / "cost").training["cost"]
+    assert (cost["forward_tokens"], cost["backward_tokens"]) == (2 * whole, whole)
+    assert (cost["forward_passes"], cost["backward_passes"]) == (2 * PAIRS.steps, PAIRS.steps)
+
+
 def test_bad_input_fails_in_all_processes_at_once(two: Path) -> None:
     assert (two / "error0").read_text().startswith("out must be a folder, got the file")
     assert "process 0 failed (ValueError: out must be a folder" in (two / "error1").read_text()
+
+
+def test_a_log_that_is_not_installed_is_missed_in_all_processes_before_any_work(two: Path) -> None:
+    assert (two / "log0").read_text().startswith("log='wandb' needs the package wandb")
+    assert "process 0 failed (ValueError: log='wandb' needs" in (two / "log1").read_text()
+    assert not (two / "log").exists()
 
 
 def test_what_processes_cannot_share_is_refused() -> None:

@@ -73,18 +73,53 @@ def test_wandb_gets_every_step_and_the_options(
     assert wandb.finished == 1
 
 
-def test_a_continued_run_continues_its_log_and_another_has_one_of_its_own(
+def interrupted(folder: Path, *, after: int, **arguments: Any) -> None:
+    def stop(step: Step) -> None:
+        if step.step == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, log=["wandb"], on_step=stop, **arguments)
+
+
+def test_a_continued_run_continues_its_log_and_a_new_one_has_one_of_its_own(
     wandb: types.SimpleNamespace, tmp_path: Path
 ) -> None:
-    for folder, rate in ((tmp_path / "a", 1), (tmp_path / "a", 1), (tmp_path / "a", 2)):
-        with loggers(["wandb"], folder, config={"rate": rate}):
-            pass
+    interrupted(tmp_path / "a", after=7)
+    run(tmp_path / "a", log=["wandb"])
+    run(tmp_path / "b", log=["wandb"])
     with loggers(["wandb"], None, config={}):
         pass
     first, same, other, free = wandb.inits
-    assert first["id"] == same["id"] != other["id"]
-    assert first["resume"] == "allow"
-    assert free["id"] is None
+    assert first["id"] == same["id"]
+    assert (first["resume"], same["resume"]) == (None, "allow")
+    assert len({first["id"], other["id"], free["id"]}) == 3
+
+
+def test_a_restarted_run_has_a_log_of_its_own(wandb: types.SimpleNamespace, tmp_path: Path) -> None:
+    run(tmp_path, log=["wandb"])
+    interrupted(tmp_path, after=7, restart=True)
+    run(tmp_path, log=["wandb"])
+    old, new, continued = (given["id"] for given in wandb.inits)
+    assert old != new == continued
+
+
+def test_a_restart_without_a_checkpoint_leaves_the_log_of_the_run_that_it_left(
+    wandb: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    interrupted(tmp_path, after=7)
+    interrupted(tmp_path, after=2, restart=True)
+    run(tmp_path, log=["wandb"])
+    old, dropped, continued = (given["id"] for given in wandb.inits)
+    assert dropped != old == continued
+
+
+def test_a_run_that_left_no_checkpoint_begins_another_log(
+    wandb: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    interrupted(tmp_path, after=2)
+    run(tmp_path, log=["wandb"])
+    assert wandb.inits[0]["id"] != wandb.inits[1]["id"]
 
 
 def test_tensorboard_gets_every_step_beside_the_pattern(

@@ -26,6 +26,7 @@ FLAGS = (
     "--retrieval-ratio",
     "--sink",
     "--recent",
+    "--prefill-recent",
     "--methods",
     "--random-draws",
     "--tasks",
@@ -79,6 +80,12 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
     add("--sink", type=int, metavar="N", help="first tokens of streaming heads (pattern's own)")
     add("--recent", type=int, metavar="N", help="last tokens of streaming heads (pattern's own)")
     add(
+        "--prefill-recent",
+        type=int,
+        metavar="N",
+        help="last tokens seen by streaming heads in a prompt (as --recent)",
+    )
+    add(
         "--methods",
         nargs="+",
         default=["full", "duo"],
@@ -131,7 +138,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print a table, write the records."""
-    from duohead.evaluate.harness import evaluate_harness, require_lm_eval, write_rows
+    from duohead.evaluate.harness import evaluate_harness, harness_recorder, require_lm_eval
+    from duohead.evaluate.recording import recording
     from duohead.files import check_writable
     from duohead.pocket.loading import load_model
 
@@ -147,9 +155,9 @@ def run(args: argparse.Namespace) -> int:
         args.model, dtype=args.dtype, device=args.device, revision=args.revision
     )
     pattern.validate(model)
-    rows = evaluate_harness(model, tokenizer, policies=policies, options=options)
-    if args.json is not None:
-        write_rows(args.json, rows, model=args.model, dtype=model.dtype, options=options)
+    as_record = harness_recorder(model=args.model, dtype=model.dtype, options=options)
+    with recording(args.json, as_record) as keep:
+        rows = evaluate_harness(model, tokenizer, policies=policies, options=options, on_row=keep)
     print(_table(rows))
     if args.json is not None:
         print(f"\nwrote {args.json}")
@@ -200,6 +208,7 @@ def _policies(args: argparse.Namespace, pattern: Any) -> dict[str, HeadPolicy | 
         seed=args.seed,
         sink=args.sink,
         recent=args.recent,
+        prefill_recent=args.prefill_recent,
     )
     return {name: method.policy for name, method in methods.items() if method.kind in args.methods}
 
@@ -213,7 +222,7 @@ def _table(rows: Sequence[HarnessRow]) -> str:
     for row in sorted(rows, key=lambda r: order.index(r.task)):
         for metric, value in row.scores.items():
             name, _, rule = metric.partition(",")
-            if name.endswith("_stderr") or value is None:
+            if name.endswith("_stderr"):
                 continue
             error = row.scores.get(f"{name}_stderr{',' + rule if rule else ''}")
             lines.append(
@@ -222,7 +231,7 @@ def _table(rows: Sequence[HarnessRow]) -> str:
                     row.task_version,
                     row.method,
                     metric,
-                    f"{value:.4f}",
+                    "no number" if value is None else f"{value:.4f}",
                     "" if error is None else f"{error:.4f}",
                     f"{row.samples:,}",
                     f"{row.kv_bytes:,}",

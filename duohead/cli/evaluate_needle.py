@@ -175,8 +175,6 @@ def run(args: argparse.Namespace) -> int:
     check_positions(model, max(args.lengths))
     text_ids = haystack.tokens(texts, tokenizer, at_least=max(args.lengths))
     result = _evaluate(args, model, tokenizer, text_ids, methods, tasks, name)
-    if args.json is not None:
-        result.write(args.json, model=args.model, dtype=model.dtype)
     if args.png is not None:
         from duohead.evaluate.plots import draw_needles
 
@@ -228,13 +226,18 @@ def _evaluate(
 ) -> NeedleResult:
     from duohead.evaluate.needle import evaluate_needle, paper_grid
     from duohead.evaluate.progress import bar
+    from duohead.evaluate.recording import recording
+    from duohead.evaluate.results import needle_recorder
 
     depths = needle_depths(args.depths)
     lengths = list(dict.fromkeys(args.lengths))
     if args.grid == "paper":
         lengths, depths = paper_grid(max(args.lengths))
     total = len(methods) * len(tasks) * len(lengths) * len(depths) * args.samples
-    with bar("needle", total, shown=True) as advance:
+    with (
+        recording(args.json, needle_recorder(model=args.model, dtype=model.dtype)) as keep,
+        bar("needle", total, shown=True) as advance,
+    ):
         return evaluate_needle(
             model,
             tokenizer,
@@ -250,6 +253,7 @@ def _evaluate(
             speed_tokens=args.speed_tokens or None,
             text=text,
             progress=advance,
+            on_row=keep,
         )
 
 

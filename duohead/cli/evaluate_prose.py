@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from duohead.evaluate.needle import check_positions
     from duohead.evaluate.progress import bar
     from duohead.evaluate.prose import evaluate_prose
+    from duohead.evaluate.prose_results import prose_recorder
+    from duohead.evaluate.recording import recording
     from duohead.evaluate.tables import PROSE_HEAD, prose_rows, text_table
     from duohead.identify import haystack
     from duohead.pocket.loading import load_model
@@ -73,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
     pattern.validate(model)
     check_positions(model, max(args.lengths))
     text_ids = haystack.tokens(texts, tokenizer, at_least=max(args.lengths))
-    with bar("prose", len(methods) * len(lengths) * args.samples, shown=True) as advance:
+    total = len(methods) * len(lengths) * args.samples
+    with (
+        recording(args.json, prose_recorder(model=args.model, dtype=model.dtype)) as keep,
+        bar("prose", total, shown=True) as advance,
+    ):
         result = evaluate_prose(
             model,
             tokenizer,
@@ -85,9 +91,8 @@ def run(args: argparse.Namespace) -> int:
             chunk=args.chunk,
             text=name,
             progress=advance,
+            on_row=keep,
         )
-    if args.json is not None:
-        result.write(args.json, model=args.model, dtype=model.dtype)
     if args.png is not None:
         from duohead.evaluate.plots import draw_prose
         from duohead.evaluate.tables import label

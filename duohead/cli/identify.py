@@ -33,6 +33,7 @@ FLAGS = (
     "--learning-rate-floor",
     "--warmup",
     "--reg-weight",
+    "--target",
     "--initial",
     "--sink",
     "--recent",
@@ -118,11 +119,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace, options: Any, ranks: Ranks) -> HeadPattern:
     from duohead.identify import haystack
+    from duohead.identify.loggers import check
     from duohead.identify.scorers import score
     from duohead.pocket.loading import load_model
 
     # A model that is to be spread over several GPUs need not fit into one.
     device = "cpu" if ranks.world > 1 and getattr(options, "shard", False) else args.device
+    log = getattr(args, "log", ())
+    with ranks.together():  # before anybody reads a large model
+        check(log, args.out)
     with ranks.together():
         text = haystack.texts(args.text, dataset=args.dataset)
         model, tokenizer = load_model(
@@ -136,7 +141,7 @@ def _score(args: argparse.Namespace, options: Any, ranks: Ranks) -> HeadPattern:
         out=args.out,
         options=options,
         restart=args.restart,
-        log=getattr(args, "log", ()),
+        log=log,
     )
 
 

@@ -53,11 +53,11 @@ def varied(entries: Sequence[Entry]) -> list[str]:
 
 
 def flat(numbers: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Numbers of inner mappings under names joined by dots."""
+    """Numbers of inner mappings under all their names: "by_depth, 0.25"."""
     found: dict[str, Any] = {}
     for name, value in numbers.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{name}."))
+            found.update(flat(value, f"{prefix}{name}, "))
         else:
             found[f"{prefix}{name}"] = value
     return found
@@ -166,9 +166,14 @@ def _plain(op: str, model: str, own: Sequence[Entry]) -> str:
 
 
 def _table(own: Sequence[Entry], *, opened: bool) -> str:
-    """Every record: what differs between them, and what was measured."""
+    """Every record: what differs between them, and what was measured; what is a table by itself has one of its own."""
     axes = varied(own)
-    names = list(dict.fromkeys(name for entry in own for name in flat(entry.numbers)))
+    inner = _tables_within(own)
+    measured = [
+        flat({name: value for name, value in entry.numbers.items() if name not in inner})
+        for entry in own
+    ]
+    names = list(dict.fromkeys(name for numbers in measured for name in numbers))
     shown = names[:_NUMBERS]
     several = len({entry.impl for entry in own}) > 1
     head = [*(["method"] if several else []), *axes, *shown]
@@ -176,19 +181,51 @@ def _table(own: Sequence[Entry], *, opened: bool) -> str:
         [
             *([entry.impl] if several else []),
             *(_written(entry.shape.get(axis)) for axis in axes),
-            *(_written(flat(entry.numbers).get(name)) for name in shown),
+            *(_written(numbers.get(name)) for name in shown),
         ]
-        for entry in own[:_ROWS]
+        for entry, numbers in zip(own[:_ROWS], measured, strict=False)
     ]
     left = []
     if len(names) > len(shown):
         left.append(f"{len(names) - len(shown)} more numbers are in the records")
     if len(own) > _ROWS:
         left.append(f"{len(own) - _ROWS} more records are in the files")
-    table = html_table("; ".join(left), [name.replace("_", " ") for name in head], rows)
+    tables = [_inner_table(own, axes, name) for name in inner]
+    if head:
+        tables.insert(0, html_table("; ".join(left), [n.replace("_", " ") for n in head], rows))
     if opened:
-        return table
-    return f"<details><summary>The records as a table</summary>{table}</details>"
+        return "".join(tables)
+    return f"<details><summary>The records as a table</summary>{''.join(tables)}</details>"
+
+
+def _tables_within(own: Sequence[Entry]) -> list[str]:
+    """Names of numbers that have rows and columns themselves: mappings of mappings of plain values."""
+    found: dict[str, bool] = {}
+    for entry in own:
+        for name, value in entry.numbers.items():
+            table = isinstance(value, Mapping) and all(
+                isinstance(row, Mapping) and not any(isinstance(v, Mapping) for v in row.values())
+                for row in value.values()
+            )
+            found[name] = table and found.get(name, True)
+    return [name for name, table in found.items() if table]
+
+
+def _inner_table(own: Sequence[Entry], axes: Sequence[str], name: str) -> str:
+    """A number that is a table in every record: its rows one record after the other."""
+    grids = [(entry, entry.numbers.get(name) or {}) for entry in own[:_ROWS]]
+    columns = list(dict.fromkeys(key for _, grid in grids for row in grid.values() for key in row))
+    rows = [
+        [
+            *(_written(entry.shape.get(axis)) for axis in axes),
+            str(key),
+            *(_written(row.get(column)) for column in columns),
+        ]
+        for entry, grid in grids
+        for key, row in grid.items()
+    ]
+    head = [*axes, "", *map(str, columns)]
+    return html_table(name.replace("_", " "), [word.replace("_", " ") for word in head], rows)
 
 
 def _written(value: Any) -> str:

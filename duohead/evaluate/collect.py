@@ -45,8 +45,9 @@ class Entry:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for two measurements of the same thing."""
-        return self.op, self.impl, self.dtype, self.policy, repr(sorted(self.shape.items()))
+        """Equal for two measurements of the same thing on the same kind of machine."""
+        shape = repr(sorted(self.shape.items()))
+        return self.op, self.impl, self.dtype, self.policy, self.machine, shape
 
     @property
     def machine(self) -> str:
@@ -203,7 +204,8 @@ def _without_restated(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     alike: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
         cell = (entry.shape.get(name) for name in ("task", "length", "depth"))
-        alike[entry.time, entry.impl, entry.policy, *map(repr, cell)].append(entry)
+        made = (entry.time, entry.impl, entry.policy, entry.dtype, entry.machine)
+        alike[*made, *map(repr, cell)].append(entry)
     restated = {
         id(entry)
         for group in alike.values()

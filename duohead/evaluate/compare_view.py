@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Records = Sequence[Mapping[str, Any]]
+# Colours alone do not tell lines apart on paper, nor for every reader.
+MARKERS = "osD^vPX*"
 
 
 def table(records: Records, *, metric: str = "exact_match") -> str:
@@ -98,7 +100,7 @@ def _panel(axes: Axes, records: Records, title: str, metric: str) -> None:
             points.append((footprint(some, full), _mean(values), min(values), max(values)))
         x, mean, low, high = ([100 * value for value in part] for part in zip(*points, strict=True))
         style = "--" if scorer == "random" else "-"
-        (line,) = axes.plot(x, mean, style, marker="o", ms=3, label=scorer, color=f"C{number}")
+        (line,) = axes.plot(x, mean, style, label=scorer, **_look(number))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
     axes.axhline(
         100 * _mean(list(_by_task(full, metric).values())), color="0.4", ls=":", label="full"
@@ -106,6 +108,11 @@ def _panel(axes: Axes, records: Records, title: str, metric: str) -> None:
     axes.set_title(title, fontsize="medium")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.25)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour and mark of the scorer in that place."""
+    return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "ms": 4}
 
 
 def _ranked(records: Records) -> list[Mapping[str, Any]]:

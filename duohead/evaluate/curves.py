@@ -17,8 +17,14 @@ from duohead.evaluate.svg import WIDTH, nice_ticks, picture, short_count, tag
 
 STYLES = ("one", "two", "four", "five", "six", "three", "seven", "eight")
 REFERENCE = "ref"
+_PLUS = (
+    *((-0.45, -1.3), (0.45, -1.3), (0.45, -0.45), (1.3, -0.45), (1.3, 0.45), (0.45, 0.45)),
+    *((0.45, 1.3), (-0.45, 1.3), (-0.45, 0.45), (-1.3, 0.45), (-1.3, -0.45), (-0.45, -0.45)),
+)
 # Corners of the marks that are no circles, for a size of one.
 FORMS: Mapping[str, Sequence[tuple[float, float]]] = {
+    REFERENCE: tuple(((x - y) * math.sqrt(0.5), (x + y) * math.sqrt(0.5)) for x, y in _PLUS),
+    "three": _PLUS,
     "two": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
     "four": ((0, -1.25), (1.2, 0.95), (-1.2, 0.95)),
     "five": ((0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)),
@@ -126,14 +132,11 @@ def curve_chart(
 
 
 def mark(x: float, y: float, style: str, *, size: float = 4.0) -> str:
-    """The mark of a style, centred at (x, y): each has a form of its own."""
-    kind = f"mark {style}"
-    style = style.partition(" ")[0]
-    if style in ("one", REFERENCE):
+    """The mark of a style at (x, y): each has a form of its own, filled, or hollow where the line is dashed."""
+    kind, form = f"mark {style}", FORMS.get(style.partition(" ")[0])
+    if form is None:
         return tag("circle", cx=x, cy=y, r=size, class_=kind)
-    if style == "three":
-        return tag("circle", cx=x, cy=y, r=size - 1, class_=f"{kind} open")
-    corners = " ".join(f"{x + size * a:.1f},{y + size * b:.1f}" for a, b in FORMS[style])
+    corners = " ".join(f"{x + size * a:.1f},{y + size * b:.1f}" for a, b in form)
     return tag("polygon", points=corners, class_=kind)
 
 

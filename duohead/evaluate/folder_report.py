@@ -12,6 +12,7 @@ from html import escape
 
 from duohead.evaluate import ablations, footprint, gate_history, positions
 from duohead.evaluate.collect import Collection, Entry
+from duohead.evaluate.conditions import told_apart
 from duohead.evaluate.curves import REFERENCE, Axis, Curve, curve_chart, legend, styles_of, unstyled
 from duohead.evaluate.page import card, details_table, document, facts, section
 from duohead.evaluate.scores import scored, scores_of
@@ -32,12 +33,12 @@ def render(
         collection: what to draw.
         speed: makes sections of records of speed, which `evaluate` does not know; they stand in tables as well.
     """
-    entries = collection.entries
+    entries = told_apart(collection.entries)
     parts: Sections = [
         *footprint.sections(scored(entries)),
         *positions.sections(entries),
         *gate_history.sections(collection.patterns, collection.logs, entries),
-        *(speed(entries) if speed is not None else ()),
+        *(speed(collection.entries) if speed is not None else ()),
         *ablations.sections([entry for entry in entries if not scores_of(entry)]),
     ]
     body = "\n".join(html for _, _, html in parts)
@@ -120,7 +121,10 @@ def _sources(collection: Collection) -> str:
         "operations": ", ".join(f"{op} ({n})" for op, n in sorted(collection.ops().items())),
         **{name: ", ".join(versions) for name, versions in software.items()},
     }
-    caption = "Of several records of the same thing the newest counts."
+    caption = (
+        "Of several records of the same thing the newest counts. What differs in dtype, text, chunk or machine is not "
+        "the same thing: it stands apart, with that in the name of its model."
+    )
     body = facts({name: value for name, value in told.items() if value}) + table
     return section(
         "sources",

@@ -2,30 +2,33 @@
 
 Language ability is a library's job; ours is that every score comes from the small cache, whose bytes stand in the same
 row. `evaluate_harness(model, tokenizer, policies={"full": None, "duo": policy}, options=HarnessOptions(("mmlu",)))`
-returns the rows, `write_rows` makes the records; `duohead evaluate lm-eval` is the command.
+returns the rows, `harness_recorder` makes records of them; `duohead evaluate lm-eval` is the command.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from duohead.evaluate.needle import policy_facts
+from duohead.evaluate.recording import AsRecord
 from duohead.evaluate.scoring import using
-from duohead.files import write_text
-from duohead.record import record
+from duohead.record import Record, record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from duohead.evaluate.harness_model import Use
+    from duohead.evaluate.harness_model import PolicyLM, Use
     from duohead.policy import HeadPolicy
 
+logger = logging.getLogger(__name__)
 OP = "evaluate.lm_eval"
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
+_TAKEN = ("kv_bytes", "kv_bytes_largest", "ttft_ms", "tpot_ms")
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ class HarnessRow:
 
     `scores` are lm-eval's metrics by name (a filter's name after a comma), standard errors among them; `kv_bytes` is
     the mean of allocated bytes per sequence, padding of its batch included, `kv_bytes_largest` the largest cache of a
-    batch. Times are means over batches: `tpot_ms` of a decode step, None where nothing was generated, `ttft_ms` of
-    prefill and one such step; a method's first batch compiles kernels, too, so compare times of many. `part_of` is the
-    largest group in whose score the task's own is contained. `retrieval_ratio` counts gated heads; windows are None for
-    full attention.
+    batch. Times are means over batches: `tpot_ms` of a decode step, None where nothing was generated, `ttft_ms` until
+    the first new token (or until a likelihood is known); a method's first batch compiles kernels, too, so compare times
+    of many. `part_of` is the largest group in whose score the task's own is contained. `retrieval_ratio` counts gated
+    heads; windows are None for full attention. A score that is no finite number is None.
     """
 
     task: str
@@ -133,16 +136,20 @@ def evaluate_harness(
     *,
     policies: Mapping[str, HeadPolicy | None],
     options: HarnessOptions,
+    on_row: Callable[[HarnessRow], None] | None = None,
 ) -> tuple[HarnessRow, ...]:
-    """Run lm-eval's tasks with every method of `policies`; rows in the order of methods, then of tasks.
+    """Run lm-eval's tasks with every method of `policies`; rows in the order of methods, then as they are finished.
 
-    lm-eval seeds the generators of Python, NumPy and torch with `options.seed` before each method.
+    Tasks run one by one, groups being scored with their last member, so that a long run leaves what it has done.
+    lm-eval seeds the generators of Python, NumPy and torch with `options.seed` before each task, which makes a task's
+    score independent of those asked for beside it.
 
     Args:
         model: a causal language model in evaluation mode; left as it was found.
         tokenizer: the model's; one without a padding token is fine.
         policies: method name -> policy; None stands for the model as it is (full attention).
         options: tasks and settings.
+        on_row: called with each row as soon as its task, or the last one of its group, is finished.
 
     Raises:
         ValueError: lm-eval is missing, a task is unknown, or it runs what the model wrote and that was not confirmed.
@@ -150,7 +157,6 @@ def evaluate_harness(
     if not policies:
         raise ValueError("policies must not be empty; give at least one method")
     require_lm_eval()
-    from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from duohead.evaluate.harness_model import PolicyLM
@@ -163,6 +169,9 @@ def evaluate_harness(
     _check_tasks(options.tasks, manager.all_tasks)
     rows: list[HarnessRow] = []
     for name, policy in policies.items():
+        # Tasks hold the answers of the method that they were asked with.
+        loaded = manager.load(list(options.tasks))
+        _check_code(loaded["tasks"].values(), confirmed=options.confirm_run_unsafe_code)
         with using(model, policy) as bound:
             lm = PolicyLM(
                 model,
@@ -172,27 +181,39 @@ def evaluate_harness(
                 max_length=options.max_length,
                 chunk=options.chunk,
             )
-            results = simple_evaluate(
-                lm,
-                tasks=list(options.tasks),
-                num_fewshot=options.num_fewshot,
-                batch_size=options.batch_size,
-                limit=options.limit,
-                bootstrap_iters=options.bootstrap_iters,
-                log_samples=False,
-                system_instruction=options.system_instruction,
-                apply_chat_template=options.apply_chat_template,
-                fewshot_as_multiturn=options.fewshot_as_multiturn,
-                gen_kwargs=dict(options.gen_kwargs) or None,
-                task_manager=manager,
-                random_seed=options.seed,
-                numpy_random_seed=options.seed,
-                torch_random_seed=options.seed,
-                fewshot_random_seed=options.seed,
-                confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-            )
-        rows += _rows(name, bound, results, lm.use)
+            run = _Run(name, bound, lm, loaded.get("groups", {}))
+            for task in loaded["tasks"].values():
+                for row in run.rows(_asked(lm, task, manager, options)):
+                    rows.append(row)
+                    if on_row is not None:
+                        on_row(row)
     return tuple(rows)
+
+
+def _asked(lm: PolicyLM, task: Any, manager: Any, options: HarnessOptions) -> Mapping[str, Any]:
+    """What lm-eval says of one task, as it is loaded."""
+    from lm_eval import simple_evaluate
+
+    results: Mapping[str, Any] = simple_evaluate(
+        lm,
+        tasks=[task],
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        bootstrap_iters=options.bootstrap_iters,
+        log_samples=False,
+        system_instruction=options.system_instruction,
+        apply_chat_template=options.apply_chat_template,
+        fewshot_as_multiturn=options.fewshot_as_multiturn,
+        gen_kwargs=dict(options.gen_kwargs) or None,
+        task_manager=manager,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+        confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+    )
+    return results
 
 
 def _check_tasks(wanted: Sequence[str], known: Sequence[str]) -> None:
@@ -205,78 +226,100 @@ def _check_tasks(wanted: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-def _rows(
-    method: str, policy: HeadPolicy | None, results: Mapping[str, Any], use: Mapping[str, Use]
-) -> list[HarnessRow]:
-    rows = []
-    members = results.get("group_subtasks", {})
-    for task, metrics in results["results"].items():
-        # RULER writes -1 for lengths that were not asked for.
-        scores = {
-            key.removesuffix(",none"): value if isinstance(value, int | float) else None
-            for key, value in metrics.items()
-            if key not in _NOT_METRICS and value != -1
-        }
-        leaves = _leaves(task, members)
-        took = [use[leaf] for leaf in leaves if leaf in use]
-        if not any(value is not None for value in scores.values()) or not took:
-            continue  # the heading of a group that is not averaged
-        sequences = sum(part.sequences for part in took)
-        steps = sum(part.decode_steps for part in took)
-        prefill = 1000 * sum(p.prefill_seconds for p in took) / sum(p.prefills for p in took)
-        step = 1000 * sum(p.decode_seconds for p in took) / steps if steps else None
-        rows.append(
-            HarnessRow(
-                task=task,
-                task_version=str(results["versions"].get(task)),
-                method=method,
-                **policy_facts(policy),
-                num_fewshot=results["n-shot"].get(task),
-                samples=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-                part_of=_part_of(task, results["results"], members),
-                scores=scores,
-                kv_bytes=round(sum(part.bytes_of_all for part in took) / sequences),
-                kv_bytes_largest=max(part.largest for part in took),
-                ttft_ms=prefill + (step or 0.0),
-                tpot_ms=step,
-            )
+def _check_code(tasks: Iterable[Any], *, confirmed: bool) -> None:
+    """lm-eval asks before each task; a run of hours must not end there."""
+    unsafe = [task.task_name for task in tasks if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe and not confirmed:
+        raise ValueError(
+            f"tasks run code that the model wrote ({', '.join(unsafe)}), which is unsafe; allow it with "
+            "confirm_run_unsafe_code on a machine that may be lost, or leave them out"
         )
-    return rows
 
 
-def _leaves(task: str, members: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks that a group comes down to; a task is its own."""
-    inner = members.get(task)
-    if not inner:
-        return [task]
-    return list(dict.fromkeys(leaf for name in inner for leaf in _leaves(name, members)))
+@dataclass
+class _Run:
+    """One method over its tasks: what they scored so far, and the groups (lm-eval's) that wait for more."""
+
+    method: str
+    policy: HeadPolicy | None
+    lm: PolicyLM
+    groups: Mapping[str, Any]
+    metrics: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    fewshot: dict[str, int | None] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    took: dict[str, Use] = field(default_factory=dict)
+
+    def rows(self, results: Mapping[str, Any]) -> Iterator[HarnessRow]:
+        """The row of a task, given what lm-eval says of it, and those of groups that it completes."""
+        from duohead.evaluate.harness_model import total
+
+        ((task, metrics),) = results["results"].items()
+        self.metrics[task] = metrics
+        self.fewshot[task] = results["n-shot"].get(task)
+        self.samples[task] = results["n-samples"][task]["effective"]
+        self.took[task] = total(list(self.lm.use.values()))
+        self.lm.use.clear()
+        yield self._row(task, metrics, results["versions"].get(task), [task])
+        for name, group in self.groups.items():
+            leaves = _leaves(group)
+            # A group without a score is a heading.
+            if group.has_aggregation and task in leaves and self.metrics.keys() >= set(leaves):
+                yield self._row(name, group.aggregate(self.metrics), group.version, leaves)
+
+    def _row(
+        self, task: str, metrics: Mapping[str, Any], version: Any, leaves: Sequence[str]
+    ) -> HarnessRow:
+        from duohead.evaluate.harness_model import total
+
+        took = total([self.took[leaf] for leaf in leaves])
+        shots = {self.fewshot[leaf] for leaf in leaves}
+        return HarnessRow(
+            task=task,
+            task_version=str(version),
+            method=self.method,
+            **policy_facts(self.policy),
+            num_fewshot=shots.pop() if len(shots) == 1 else None,
+            samples=sum(self.samples[leaf] for leaf in leaves),
+            part_of=self._part_of(task, leaves),
+            scores=_scores(task, metrics),
+            kv_bytes=round(took.bytes_of_all / took.sequences),
+            kv_bytes_largest=took.largest,
+            ttft_ms=took.ttft_ms,
+            tpot_ms=took.tpot_ms,
+        )
+
+    def _part_of(self, task: str, leaves: Sequence[str]) -> str | None:
+        """The largest group with a score that contains all of this and more."""
+        around = {
+            name: len(_leaves(group))
+            for name, group in self.groups.items()
+            if name != task and group.has_aggregation and set(leaves) < set(_leaves(group))
+        }
+        return max(around, key=lambda name: around[name], default=None)
 
 
-def _part_of(
-    task: str, scored: Mapping[str, Mapping[str, Any]], members: Mapping[str, Sequence[str]]
-) -> str | None:
-    own = set(_leaves(task, members))
-    groups = {
-        name: _leaves(name, members) for name in scored if name != task and _averaged(scored[name])
-    }
-    around = [name for name, leaves in groups.items() if own < set(leaves)]
-    return max(around, key=lambda name: len(groups[name]), default=None)
+def _leaves(group: Any) -> list[str]:
+    """Names of the tasks that a group of lm-eval comes down to."""
+    return list(dict.fromkeys(task.task_name for task in group.get_all_tasks()))
 
 
-def _averaged(metrics: Mapping[str, Any]) -> bool:
-    """Whether lm-eval gives scores; a group without an average only has a name."""
-    return any(isinstance(v, int | float) for k, v in metrics.items() if k not in _NOT_METRICS)
+def _scores(task: str, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """lm-eval's metrics as numbers that a record can carry; what is none is None, and NaN and infinity are told."""
+    found: dict[str, float | None] = {}
+    for key, value in metrics.items():
+        # RULER writes -1 for lengths that were not asked for.
+        if key in _NOT_METRICS or value == -1:
+            continue
+        name = key.removesuffix(",none")
+        number = isinstance(value, int | float)
+        if number and not math.isfinite(value):
+            logger.warning("%s of task %s is %s and is written as null", name, task, value)
+        found[name] = value if number and math.isfinite(value) else None
+    return found
 
 
-def write_rows(
-    path: str | os.PathLike[str],
-    rows: Sequence[HarnessRow],
-    *,
-    model: str,
-    dtype: Any,
-    options: HarnessOptions,
-) -> None:
-    """Write one record per row to `path`, replacing it; settings of the run and lm-eval's version are in each."""
+def harness_recorder(*, model: str, dtype: Any, options: HarnessOptions) -> AsRecord:
+    """Makes records of rows: `impl` is the method; settings of the run and lm-eval's version are in each."""
     made = record(op=OP, impl="", numbers={}, dtype=dtype)
     versions = {**made.versions, "lm_eval": require_lm_eval()}
     settings = {
@@ -284,15 +327,12 @@ def write_rows(
         for item in fields(HarnessOptions)
         if item.name not in ("tasks", "num_fewshot", "own_tasks_only")
     }
-    lines = []
-    for row in rows:
+
+    def as_record(row: HarnessRow) -> Record:
         values = asdict(row)
         method, policy, scores = (values.pop(name) for name in ("method", "policy", "scores"))
-        taken = {
-            name: values.pop(name)
-            for name in ("kv_bytes", "kv_bytes_largest", "ttft_ms", "tpot_ms")
-        }
-        entry = replace(
+        taken = {name: values.pop(name) for name in _TAKEN}
+        return replace(
             made,
             impl=method,
             policy=policy,
@@ -300,5 +340,5 @@ def write_rows(
             numbers={**scores, **taken},
             versions=versions,
         )
-        lines.append(entry.to_json() + "\n")
-    write_text(path, "".join(lines))
+
+    return as_record

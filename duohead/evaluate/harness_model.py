@@ -12,7 +12,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,16 +45,27 @@ class Use:
     prefills: int = 0
     decode_seconds: float = 0.0
     decode_steps: int = 0
+    late: int = 0  # prefills whose first new token took a decode step as well
 
-    def add(self, *, rows: int, taken: int, prefill: float, decode: float, steps: int) -> None:
-        """Count a batch of `rows` whose cache took `taken` bytes; seconds of both phases, decode steps."""
-        self.sequences += rows
-        self.bytes_of_all += taken
-        self.largest = max(self.largest, taken)
-        self.prefill_seconds += prefill
-        self.prefills += 1
-        self.decode_seconds += decode
-        self.decode_steps += steps
+    @property
+    def tpot_ms(self) -> float | None:
+        """Milliseconds of a decode step; None without any."""
+        return 1000 * self.decode_seconds / self.decode_steps if self.decode_steps else None
+
+    @property
+    def ttft_ms(self) -> float:
+        """Milliseconds of a batch until its first new token, or until its likelihoods are known."""
+        return (1000 * self.prefill_seconds + self.late * (self.tpot_ms or 0.0)) / self.prefills
+
+
+def total(parts: Sequence[Use]) -> Use:
+    """What several tasks took together."""
+    summed = {
+        item.name: sum(getattr(part, item.name) for part in parts)
+        for item in fields(Use)
+        if item.name != "largest"
+    }
+    return Use(**summed, largest=max(part.largest for part in parts))
 
 
 class PolicyLM(HFLM):
@@ -213,7 +224,8 @@ class PolicyLM(HFLM):
             made.kv_bytes,
             prefill=made.prefill_seconds,
             decode=made.decode_seconds,
-            steps=made.new_tokens,
+            new=made.new_tokens,
+            late=made.prefilled_tokens < made.prompt_tokens,
         )
         return made.tokens
 
@@ -242,16 +254,34 @@ class PolicyLM(HFLM):
             cache_bytes(cache),
             prefill=ready - started,
             decode=done - ready,
-            steps=tokens.shape[1] - prompt,
+            new=tokens.shape[1] - prompt,
+            late=True,
         )
         return tokens
 
     def _count(
-        self, rows: int, taken: int, *, prefill: float, decode: float = 0.0, steps: int = 0
+        self,
+        rows: int,
+        taken: int,
+        *,
+        prefill: float,
+        decode: float = 0.0,
+        new: int = 1,
+        late: bool = False,
     ) -> None:
-        self.use[self._task].add(
-            rows=rows, taken=taken, prefill=prefill, decode=decode, steps=steps
-        )
+        """Count a batch: bytes of its cache, seconds of both phases, new tokens per row.
+
+        ``late`` says that the end of the prompt was read, and the first of the new tokens picked, while decoding.
+        """
+        use = self.use[self._task]
+        use.sequences += rows
+        use.bytes_of_all += taken
+        use.largest = max(use.largest, taken)
+        use.prefill_seconds += prefill
+        use.prefills += 1
+        use.decode_seconds += decode
+        use.decode_steps += new if late else new - 1
+        use.late += late
 
 
 class _Tail:

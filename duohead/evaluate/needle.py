@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +94,7 @@ def evaluate_needle(
     speed_tokens: int | None = None,
     text: str | None = None,
     progress: Callable[[str], None] | None = None,
+    on_row: Callable[[NeedleRow], None] | None = None,
 ) -> NeedleResult:
     """Score every method of `policies` on the same samples, over `tasks` x `lengths` x `depths`.
 
@@ -112,6 +114,7 @@ def evaluate_needle(
             that is shorter by as many; by default no times are taken.
         text: name of the text, for the rows.
         progress: called with the method's name after each scored sample.
+        on_row: called with each row as soon as its cell is finished.
 
     Raises:
         ValueError: an argument out of range, a length beyond the model's positions, or too short a text.
@@ -134,13 +137,14 @@ def evaluate_needle(
         "chunk": chunk,
         "batch": batch,
     }
-    return NeedleResult(
-        tuple(
-            NeedleRow(**row, **facts)
-            for name, policy in policies.items()
-            for row in run.method(name, policy)
-        )
-    )
+    rows: list[NeedleRow] = []
+    for name, policy in policies.items():
+        with closing(run.method(name, policy)) as found:
+            for fields in found:
+                rows.append(NeedleRow(**fields, **facts))
+                if on_row is not None:
+                    on_row(rows[-1])
+    return NeedleResult(tuple(rows))
 
 
 def _check(
@@ -246,63 +250,50 @@ class _Run:
     speed_tokens: int | None
     progress: Callable[[str], None] | None
 
-    def method(self, name: str, policy: HeadPolicy | None) -> list[dict[str, Any]]:
-        """Fields of one method's rows, one for each cell in their order."""
+    def method(self, name: str, policy: HeadPolicy | None) -> Generator[dict[str, Any]]:
+        """Fields of one method's rows, one for each cell in their order, as they are finished."""
         with using(self.model, policy) as bound:
-            scores: list[list[Score]] = []
-            sizes: list[int] = []
-            for _, group in groupby(self.cells, key=lambda cell: (cell.task, cell.length)):
-                alike = list(group)
-                found, taken = self._scored(
-                    name, bound, [s for cell in alike for s in cell.samples]
-                )
-                for cell in alike:
-                    scores.append(found[: len(cell.samples)])
-                    del found[: len(cell.samples)]
-                    sizes.append(taken)
-            speeds = self._speeds(bound)
             attention = attention_of(self.model, bound)
-        facts = {"method": name, "attention": attention, **policy_facts(bound)}
-        return [
-            facts | _cell_fields(cell, own, taken) | speeds.get(cell.length, {})
-            for cell, own, taken in zip(self.cells, scores, sizes, strict=True)
-        ]
+            facts = {"method": name, "attention": attention, **policy_facts(bound)}
+            speeds: dict[int, dict[str, Any]] = {}
+            for (_, length), group in groupby(
+                self.cells, key=lambda cell: (cell.task, cell.length)
+            ):
+                alike = list(group)
+                if length not in speeds:
+                    speeds[length] = self._speed(bound, alike[0])
+                scored = self._scored(name, bound, [s for cell in alike for s in cell.samples])
+                for cell in alike:
+                    made = list(islice(scored, len(cell.samples)))
+                    scores, taken = [score for score, _ in made], made[-1][1]
+                    yield facts | _cell_fields(cell, scores, taken) | speeds[length]
 
     def _scored(
         self, name: str, policy: HeadPolicy | None, samples: list[Sample]
-    ) -> tuple[list[Score], int]:
-        """The score of each sample, and the cache bytes of one."""
-        scores: list[Score] = []
-        taken = 0
+    ) -> Iterator[tuple[Score, int]]:
+        """Of each sample its score and the bytes of its cache; a batch is run when its first one is asked for."""
         # Answers that are fed token by token lie in places of their own.
         batch = 1 if prompts_differ(policy) else self.batch
         for start in range(0, len(samples), batch):
             part = samples[start : start + batch]
             cache = new_cache(self.model, policy)
-            scores += score_samples(self.model, part, cache=cache, chunk=self.chunk)
+            scores = score_samples(self.model, part, cache=cache, chunk=self.chunk)
             taken = cache_bytes(cache) // len(part)
-            if self.progress is not None:
-                for _ in part:
+            del cache  # nobody waits for the next sample with a cache in memory
+            for score in scores:
+                if self.progress is not None:
                     self.progress(name)
-        return scores, taken
+                yield score, taken
 
-    def _speeds(self, policy: HeadPolicy | None) -> dict[int, dict[str, Any]]:
-        """Times by context length, of the first sample of that length."""
+    def _speed(self, policy: HeadPolicy | None, cell: _Cell) -> dict[str, Any]:
+        """Times at a cell's length, of its first sample; none if none are wanted."""
         if self.speed_tokens is None:
             return {}
-        found: dict[int, dict[str, Any]] = {}
-        for cell in self.cells:
-            if cell.length not in found:
-                prompt = cell.samples[0].input_ids[: -self.speed_tokens]
-                speed: Speed = measure(
-                    self.model, policy, prompt, new_tokens=self.speed_tokens, chunk=self.chunk
-                )
-                found[cell.length] = {
-                    "ttft_ms": speed.ttft_ms,
-                    "tpot_ms": speed.tpot_ms,
-                    "engine": speed.engine,
-                }
-        return found
+        prompt = cell.samples[0].input_ids[: -self.speed_tokens]
+        speed: Speed = measure(
+            self.model, policy, prompt, new_tokens=self.speed_tokens, chunk=self.chunk
+        )
+        return {"ttft_ms": speed.ttft_ms, "tpot_ms": speed.tpot_ms, "engine": speed.engine}
 
 
 def _cell_fields(cell: _Cell, scores: Sequence[Score], taken: int) -> dict[str, Any]:

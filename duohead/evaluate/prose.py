@@ -39,6 +39,7 @@ def evaluate_prose(
     chunk: int = CHUNK,
     text: str | None = None,
     progress: Callable[[str], None] | None = None,
+    on_row: Callable[[ProseRow], None] | None = None,
 ) -> ProseResult:
     """Perplexity, KL divergence from the full model and agreement with it, for every method and length.
 
@@ -56,6 +57,7 @@ def evaluate_prose(
         chunk: tokens per forward.
         text: name of the text, for the rows.
         progress: called with the method's name after each window.
+        on_row: called with each row as soon as its length is finished.
 
     Raises:
         ValueError: an argument out of range, a length beyond the model's positions, or too short a text.
@@ -73,7 +75,10 @@ def evaluate_prose(
                 if progress is not None:
                     progress(name)
         shared: dict[str, Any] = {"length": length, "windows": windows, **made}
-        rows += [ProseRow(method=name, **run.fields(), **shared) for name, run in runs.items()]
+        for name, run in runs.items():
+            rows.append(ProseRow(method=name, **run.fields(), **shared))
+            if on_row is not None:
+                on_row(rows[-1])
     return ProseResult(tuple(rows))
 
 

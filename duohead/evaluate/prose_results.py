@@ -10,7 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from duohead.evaluate.results import check_versions, read_rows, write_rows
+from duohead.evaluate.recording import AsRecord, recorder, write_rows
+from duohead.evaluate.results import check_versions, read_rows
 
 OP = "evaluate.prose"
 VERSION = 1
@@ -76,10 +77,15 @@ class ProseResult:
         return found[0]
 
     def write(self, path: str | os.PathLike[str], *, model: str, dtype: Any) -> None:
-        """Write the rows to `path`, replacing it: one record per line, `impl` being the method."""
-        write_rows(path, self.rows, op=OP, numbers=_NUMBERS, model=model, dtype=dtype)
+        """Write the rows to `path`, replacing it: one record per line, as `prose_recorder` makes them."""
+        write_rows(path, self.rows, prose_recorder(model=model, dtype=dtype))
 
     @classmethod
     def read(cls, *paths: str | os.PathLike[str]) -> ProseResult:
         """Rows from files of records that `write` made; records of other operations are passed over."""
         return cls(read_rows(paths, op=OP, kind=ProseRow))
+
+
+def prose_recorder(*, model: str, dtype: Any) -> AsRecord:
+    """Makes records of rows; `impl` is the method, `model` among what they depend on."""
+    return recorder(op=OP, numbers=_NUMBERS, model=model, dtype=dtype)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Protocol, TypeVar
 
-from duohead.files import write_text
-from duohead.record import read_records, record
+from duohead.evaluate.recording import AsRecord, recorder, write_rows
+from duohead.record import read_records
 
 Metric = Literal["exact_match", "first_token", "token_accuracy"]
 Row = TypeVar("Row")
@@ -153,11 +153,8 @@ class NeedleResult:
         ]
 
     def write(self, path: str | os.PathLike[str], *, model: str, dtype: Any) -> None:
-        """Write the rows to `path`, replacing it: one record per line, with `model` among what it depends on.
-
-        `impl` of these records is the method; what attended is their `attention`.
-        """
-        write_rows(path, self.rows, op=OP, numbers=_NUMBERS, model=model, dtype=dtype)
+        """Write the rows to `path`, replacing it: one record per line, as `needle_recorder` makes them."""
+        write_rows(path, self.rows, needle_recorder(model=model, dtype=dtype))
 
     @classmethod
     def read(cls, *paths: str | os.PathLike[str]) -> NeedleResult:
@@ -165,29 +162,9 @@ class NeedleResult:
         return cls(read_rows(paths, op=OP, kind=NeedleRow))
 
 
-def write_rows(
-    path: str | os.PathLike[str],
-    rows: Sequence[Any],
-    *,
-    op: str,
-    numbers: Sequence[str],
-    model: str,
-    dtype: Any,
-) -> None:
-    """Write dataclass rows to `path`, replacing it: one record per line, `numbers` being the fields that were measured.
-
-    The others, and `model`, are what they depend on; fields `method` and `policy` have a place of their own.
-    """
-    made = record(op=op, impl="", numbers={}, dtype=dtype)
-    lines = []
-    for row in rows:
-        values = asdict(row)
-        measured = {name: values.pop(name) for name in numbers}
-        impl, policy = values.pop("method"), values.pop("policy")
-        shape = {"model": model, **values}
-        whole = replace(made, impl=impl, shape=shape, policy=policy, numbers=measured)
-        lines.append(whole.to_json() + "\n")
-    write_text(path, "".join(lines))
+def needle_recorder(*, model: str, dtype: Any) -> AsRecord:
+    """Makes records of rows; `impl` is the method (what attended is their `attention`), `model` what they depend on."""
+    return recorder(op=OP, numbers=_NUMBERS, model=model, dtype=dtype)
 
 
 def read_rows(

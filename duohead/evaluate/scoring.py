@@ -52,7 +52,8 @@ def attention_of(model: PreTrainedModel, policy: HeadPolicy | None) -> str:
         return str(model.config._attn_implementation)
     from duohead.attention.choice import choose
 
-    return f"duo:{choose('auto', model.device.type)}"
+    device = model.device
+    return f"duo:{choose('auto', device.type, index=device.index)}"
 
 
 def new_cache(model: PreTrainedModel, policy: HeadPolicy | None) -> Cache:

@@ -77,7 +77,7 @@ svg .line { fill: none; stroke: var(--tone); stroke-width: 2; stroke-linejoin: r
 svg .line.ref { stroke-dasharray: 5 3; }
 svg .line.dash { stroke-dasharray: 2 3; }
 svg .mark { fill: var(--tone); stroke: var(--card); stroke-width: 1.5; }
-svg .mark.open, svg .mark.dash { fill: var(--card); stroke: var(--tone); stroke-width: 2; }
+svg .mark.dash { fill: var(--card); stroke: var(--tone); stroke-width: 2; }
 svg .dots { fill: none; stroke: var(--tone); stroke-width: 1; opacity: 0.7; }
 svg .bar { fill: var(--tone); }
 svg .hollow { fill: none; stroke: var(--two); stroke-width: 1.75; }

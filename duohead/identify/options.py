@@ -48,6 +48,11 @@ class IdentifyOptions:
     reg_weight: float = option(
         0.05, "weight of the mean gate in the loss; higher finds fewer heads"
     )
+    target: float = option(
+        0.0,
+        "lead the mean gate down to this share, instead of reg_weight, and rank heads by how long their gates stand "
+        "(0: the paper's way)",
+    )
     initial: float = option(1.0, "value that every gate starts from")
     sink: int = option(128, "first tokens that a streaming head keeps")
     recent: int = option(256, "last tokens that a streaming head keeps")
@@ -91,7 +96,14 @@ class IdentifyOptions:
             require(self, name, getattr(self, name) > 0, "must be above 0")
         for name in ("sink", "reg_weight", "seed", "patience"):
             require(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("learning_rate_floor", "initial", "depth_min", "depth_max", "patience_slack"):
+        for name in (
+            "target",
+            "learning_rate_floor",
+            "initial",
+            "depth_min",
+            "depth_max",
+            "patience_slack",
+        ):
             require(self, name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
         require(self, "warmup", 0 <= self.warmup <= 0.5, "must be between 0 and 0.5")
         require(self, "depth_min", self.depth_min <= self.depth_max, "must not exceed depth_max")
@@ -108,6 +120,12 @@ class IdentifyOptions:
             f"must be at least context_min = {self.context_min}",
         )
         require(self, "chat", self.chat in CHAT, f"must be one of {', '.join(CHAT)}")
+        require(
+            self,
+            "patience",
+            self.patience == 0 or not self.target,
+            "must be 0 with a target, whose way down takes all steps",
+        )
         require(
             self,
             "patience_ratios",
@@ -149,6 +167,10 @@ class IdentifyOptions:
         return self.learning_rate * (
             self.learning_rate_floor + (1 - self.learning_rate_floor) * share
         )
+
+    def share_at(self, step: int) -> float:
+        """Mean gate that a run with a target is led to at a step: from 1 straight down, there before the rate falls."""
+        return 1 - (1 - self.target) * min(1.0, (step + 1) / max(1, self.steps - self.rise))
 
     @property
     def rise(self) -> int:

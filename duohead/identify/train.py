@@ -19,8 +19,9 @@ from torch import nn
 
 from duohead.identify import haystack
 from duohead.identify.checkpoint import RunFolder, fingerprint, token_digest
+from duohead.identify.descent import Descent, follow, regulariser
 from duohead.identify.gates import Gates, distillation, installed
-from duohead.identify.loggers import loggers
+from duohead.identify.loggers import check, loggers
 from duohead.identify.options import IdentifyOptions
 from duohead.identify.parallel import Ranks, shard
 from duohead.identify.passkeys import PasskeyDataset
@@ -87,6 +88,7 @@ def identify(
     options = options or IdentifyOptions()
     ranks = Ranks.of(options.sequence_parallel, device=_device(model, options))
     with ranks.together():
+        check(log, out)
         ranks.check(layer_shapes(model), text_config(model))
         longest = options.longest(getattr(text_config(model), "max_position_embeddings", None))
         ids = haystack.tokens(
@@ -101,7 +103,7 @@ def identify(
     gates = _gates(model, options, ranks)
     # One small tensor: the fused and multi-tensor forms only add kernels to choose between.
     optimizer = torch.optim.AdamW([gates.values], weight_decay=0.0, foreach=False)
-    stability = Stability(options)
+    stability = follow(options)
     start = _resume(folder, gates, optimizer, stability)
     names = log if ranks.first else ()
     logged = loggers(names, out, config=options.that_matter(), start=start)
@@ -122,6 +124,9 @@ def identify(
             )
             if on_step is not None:
                 on_step(record)
+    if isinstance(stability, Descent):
+        with torch.no_grad():
+            gates.values.copy_(torch.tensor(stability.means))
     pattern = _pattern(model, gates, options, longest, stability.steps)
     if out is not None and ranks.first:
         pattern.save(out)
@@ -208,15 +213,16 @@ def train_gates(
         optimizer.param_groups[0]["lr"] = rate
         sample = dataset[step * ranks.samples + ranks.row]
         part = distillation(backbone, gates, sample) / ranks.samples
-        penalty = gates.penalty()
+        mean = gates.penalty()
+        penalty = regulariser(mean, options, step=step)
         optimizer.zero_grad()
         # Every process adds its share of the regulariser, so that the sum of their gradients is that of the loss.
-        (part + options.reg_weight / ranks.world * penalty).backward()
+        (part + penalty / ranks.world).backward()
         gradient = gates.values.grad
         assert gradient is not None, "the regulariser alone gives every gate a gradient"
         ranks.sum_(gradient)
         distill = ranks.sum_(part.detach().clone())
-        loss = (distill + options.reg_weight * penalty).item()
+        loss = (distill + penalty).item()
         if not math.isfinite(loss):
             raise ValueError(
                 f"loss must be finite, got {loss} at step {step}: training diverged, and the last checkpoint is "
@@ -229,7 +235,7 @@ def train_gates(
             step=step,
             loss=loss,
             distill=distill.item(),
-            reg=penalty.item(),
+            reg=mean.item(),
             lr=rate,
             mean_gate=gates.values.mean().item(),
             share_above_half=(gates.values > 0.5).float().mean().item(),

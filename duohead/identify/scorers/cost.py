@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class Cost:
     ``forward_tokens`` are those that entered the model, of every row of a batch, and ``backward_tokens`` those whose
     gradients were taken; activations recomputed for a backward pass are not counted again. ``peak_bytes`` is the most
     memory that tensors took on the CUDA device of the inputs, weights included, and None elsewhere, where nobody
-    counts. Of several processes each counts its own, and the pattern has the first one's.
+    counts. Of several processes tokens are those of all and the memory is that of the largest; passes are counted once,
+    since processes share them.
     """
 
     seconds: float = 0.0
@@ -38,6 +39,19 @@ class Cost:
     backward_passes: int = 0
     backward_tokens: int = 0
     peak_bytes: int | None = None
+
+    def add(self, other: Cost) -> None:
+        """Count what another sitting cost as well."""
+        for name in (
+            "seconds",
+            "forward_passes",
+            "forward_tokens",
+            "backward_passes",
+            "backward_tokens",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.peak_bytes is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, other.peak_bytes)
 
     def write(self, folder: str | Path) -> None:
         """Write it into a run's folder, for the next sitting."""
@@ -63,8 +77,13 @@ class Cost:
 
 @contextmanager
 def metered(model: Any, cost: Cost) -> Iterator[None]:
-    """Add to ``cost`` what happens to ``model`` inside the block, also if it fails."""
+    """Add to ``cost`` what happens to ``model`` inside the block, also if it fails.
+
+    In a process group every process meters the same block. If it fails, where others may be waiting already, each of
+    them is taken to have had as many tokens as this one.
+    """
     device = model.device
+    own, finished = Cost(), False
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -72,12 +91,12 @@ def metered(model: Any, cost: Cost) -> Iterator[None]:
 
     def forward(_: Any, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         tokens = _tokens(given, named)
-        cost.forward_passes += 1
-        cost.forward_tokens += tokens
+        own.forward_passes += 1
+        own.forward_tokens += tokens
 
         def backward(_: Tensor) -> None:
-            cost.backward_passes += 1
-            cost.backward_tokens += tokens
+            own.backward_passes += 1
+            own.backward_tokens += tokens
 
         if out[0].requires_grad:
             out[0].register_hook(backward)
@@ -86,12 +105,31 @@ def metered(model: Any, cost: Cost) -> Iterator[None]:
     hook = _backbone(model).register_forward_hook(forward, with_kwargs=True)
     try:
         yield
+        finished = True
     finally:
         hook.remove()
         if cuda:
             torch.cuda.synchronize(device)
-            cost.peak_bytes = max(cost.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
-        cost.seconds += time.perf_counter() - start
+            own.peak_bytes = torch.cuda.max_memory_allocated(device)
+        own.seconds = time.perf_counter() - start
+        cost.add(_of_all(own, finished=finished))
+
+
+def _of_all(own: Cost, *, finished: bool) -> Cost:
+    """What a block cost all processes of the group, of which ``own`` is this one's part."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return own
+    parts: list[Cost] = [own] * dist.get_world_size()
+    if finished:
+        dist.all_gather_object(parts, own)
+    peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+    return replace(
+        own,
+        forward_tokens=sum(part.forward_tokens for part in parts),
+        backward_tokens=sum(part.backward_tokens for part in parts),
+        peak_bytes=max(peaks, default=None),
+    )
 
 
 def _backbone(model: Any) -> Any:

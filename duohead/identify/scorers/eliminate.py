@@ -2,12 +2,13 @@
 
 Trained gates belong to one budget that nobody asked for, saturate, and cannot say which three of many heads to keep.
 Here every step is the model with real streaming heads, so the order is strict, nested, and right at each budget it
-passes; forward passes are all it takes. Use `score("eliminate", model, tokenizer, text)`.
+passes; forward passes are all it takes, most of them over a few short texts, which only propose what all texts judge.
+Use `score("eliminate", model, tokenizer, text)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from duohead.identify.banded import Scores, full_attention, streaming_attention
 from duohead.identify.gates import Gates, installed
 from duohead.identify.options import option, require
 from duohead.identify.scorers.attention import context_length
+from duohead.identify.scorers.departures import Heads, eliminate, refine
 from duohead.identify.scorers.interface import Scorer, ScorerOptions
 from duohead.identify.scorers.quiz import KINDS, Quiz, quiz
 from duohead.shapes import layer_shapes
@@ -28,11 +30,8 @@ DEFAULT_CONTEXT = 8192
 # Enough text that quizzes differ, little enough that a library of books need not be tokenised whole.
 _TEXT_PER_CONTEXT = 16
 
-Heads = frozenset[int]
 # What the kinds of `quiz.KINDS` count for: prose decides where answers are equally safe.
-_WEIGHTS = (1.0, 1.0, 1.0, 0.1)
-# Sets of heads that keep everything -> what each of them loses, in [0, 1].
-Loss = Callable[[Sequence[Heads]], list[float]]
+_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.1)
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ class EliminateOptions(ScorerOptions):
         None, f"longest text (default: the model's positions, at most {DEFAULT_CONTEXT})"
     )
     context_min: int = option(2048, "shortest text, or the longest if that is shorter")
-    samples: int = option(8, "texts that every choice is judged by, of evenly spaced lengths")
+    samples: int = option(8, "texts that choices are judged by, of evenly spaced lengths")
+    screen: int = option(2, "shortest of these texts, by which all choices are sorted first")
+    finalists: int = option(3, "choices, the best on those, that the other texts judge as well")
     questions: int = option(3, "questions of each kind in a text")
     prose: int = option(64, "tokens of the text itself that are scored too")
     tries: int = option(16, "most choices tried for one departure, the promising first")
@@ -55,7 +56,16 @@ class EliminateOptions(ScorerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples", "questions", "tries", "one_by_one", "exhaustive", "batch_tokens"):
+        for name in (
+            "samples",
+            "screen",
+            "finalists",
+            "questions",
+            "tries",
+            "one_by_one",
+            "exhaustive",
+            "batch_tokens",
+        ):
             require(self, name, getattr(self, name) > 0, "must be above 0")
         require(self, "prose", self.prose >= 0, "must not be negative")
         require(self, "questions", self.questions <= 20, "must be at most 20")
@@ -118,56 +128,70 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> Tensor:
 
 
 class _Exam:
-    """What choices of heads lose on some quizzes, measured on a model with `_Choices` installed."""
+    """What choices of heads lose on some quizzes, measured on a model with `_Choices` installed.
+
+    A rough loss is that on the last ``screen`` quizzes alone. What was asked before is remembered.
+    """
 
     def __init__(
-        self, model: Any, choices: _Choices, quizzes: Sequence[Quiz], *, batch_tokens: int
+        self,
+        model: Any,
+        choices: _Choices,
+        quizzes: Sequence[Quiz],
+        *,
+        screen: int,
+        batch_tokens: int,
     ) -> None:
-        self._model, self._choices, self._quizzes = model, choices, quizzes
-        self._batch_tokens = batch_tokens
-        self._known: dict[Heads, float] = {}
-        self._taught = []
+        self._model, self._choices, self._batch_tokens = model, choices, batch_tokens
+        self._parts = (quizzes[-screen:], quizzes[:-screen])
+        # Of every set, what was lost of the answers of each kind: on the last quizzes, and on the others.
+        self._lost: tuple[dict[Heads, Tensor], dict[Heads, Tensor]] = ({}, {})
+        self._taught = {}
         for given in quizzes:
             with choices.teaching():
-                self._taught.append(self._log_probabilities(given, rows=1)[0])
+                self._taught[given] = self._log_probabilities(given, rows=1)[0]
 
     @property
-    def choices(self) -> int:
-        """How many sets were measured."""
-        return len(self._known)
+    def choices(self) -> tuple[int, int]:
+        """How many sets were measured at all, and how many on all quizzes."""
+        return len(self._lost[0]), len(self._lost[1])
 
-    def __call__(self, sets: Sequence[Heads]) -> list[float]:
-        """The loss of every set; what was asked before is remembered."""
-        new = [heads for heads in dict.fromkeys(sets) if heads not in self._known]
-        self._known.update(zip(new, self._measure(new), strict=True))
-        return [self._known[heads] for heads in sets]
+    def __call__(self, sets: Sequence[Heads], *, rough: bool = False) -> list[float]:
+        """The loss of every set: mean over the answers of a kind, then weighted over kinds."""
+        total = torch.zeros(len(sets), len(KINDS), dtype=torch.float64)
+        count = torch.zeros(len(KINDS), dtype=torch.float64)
+        for part, lost in list(zip(self._parts, self._lost, strict=True))[: 1 if rough else 2]:
+            new = [heads for heads in dict.fromkeys(sets) if heads not in lost]
+            lost.update(zip(new, self._measure(part, new), strict=True))
+            total += torch.stack([lost[heads] for heads in sets])
+            for given in part:
+                count += torch.bincount(_kinds(given), minlength=len(KINDS))
+        weights = torch.tensor(_WEIGHTS, dtype=torch.float64) * (count > 0)
+        losses: list[float] = (total / count.clamp(min=1) @ weights / weights.sum()).tolist()
+        return losses
 
-    def _measure(self, sets: Sequence[Heads]) -> list[float]:
-        """Per set: how much of its answers is lost, mean over the answers of a kind, then weighted over kinds.
+    def _measure(self, quizzes: Sequence[Quiz], sets: Sequence[Heads]) -> Tensor:
+        """How much is lost of the answers of each kind, summed over quizzes: fp64 [sets, kinds].
 
         An answer is lost by ``1 - exp(-divergence)`` of its worst token: of a sure token that is one less what
         probability is left to it, and one token that is no longer the likeliest spoils a greedy answer.
         """
         total = torch.zeros(len(sets), len(KINDS), dtype=torch.float64)
-        count = torch.zeros(len(KINDS), dtype=torch.float64)
-        for given, taught in zip(self._quizzes, self._taught, strict=True):
-            kind = torch.tensor([KINDS.index(name) for name in given.kinds])
-            count += torch.bincount(kind, minlength=len(KINDS))
+        for given in quizzes:
             step = max(1, self._batch_tokens // len(given.input_ids))
             for start in range(0, len(sets), step):
                 rows = sets[start : start + step]
-                lost = 1 - torch.exp(-self._worst(given, taught, rows))
-                total[start : start + step].index_add_(1, kind, lost)
-        weights = torch.tensor(_WEIGHTS, dtype=torch.float64) * (count > 0)
-        losses: list[float] = (total / count.clamp(min=1) @ weights / weights.sum()).tolist()
-        return losses
+                lost = 1 - torch.exp(-self._worst(given, rows))
+                total[start : start + step].index_add_(1, _kinds(given), lost)
+        return total
 
     @torch.no_grad()
-    def _worst(self, given: Quiz, taught: Tensor, rows: Sequence[Heads]) -> Tensor:
+    def _worst(self, given: Quiz, rows: Sequence[Heads]) -> Tensor:
         """Divergence from the teacher at the worst token of each answer: fp64 [rows, answers]."""
         self._choices.choose(rows)
         found = self._log_probabilities(given, rows=len(rows))
-        divergence = F.kl_div(found, taught.expand_as(found), reduction="none", log_target=True)
+        taught = self._taught[given].expand_as(found)
+        divergence = F.kl_div(found, taught, reduction="none", log_target=True)
         of_token = divergence.sum(-1).double().cpu()
         widths = torch.tensor([end - start for start, end in given.answers])
         answer = torch.arange(len(widths)).repeat_interleave(widths).expand_as(of_token)
@@ -187,67 +211,9 @@ class _Exam:
         return out.logits.float().log_softmax(-1)
 
 
-def eliminate(loss: Loss, heads: int, *, options: EliminateOptions) -> Iterator[int]:
-    """Heads in the order in which they are given up, the most dispensable first.
-
-    Each time that head leaves whose absence costs least. What an absence cost when more heads were there is a guess of
-    what it costs now, and seldom too high, because heads stand in for one another: so heads are tried in the order of
-    the guesses, and no further than the best found (lazy greedy selection, Minoux 1978). The last few are ordered by
-    the path through all their subsets whose losses have the least sum.
-    """
-    kept = frozenset(range(heads))
-    guess = _costs(loss, kept, sorted(kept))
-    while len(kept) > options.exhaustive:
-        leave = 1 if len(kept) <= options.one_by_one else max(1, len(kept) // 16)
-        found = _try(loss, kept, guess, leave, options.tries)
-        guess.update(found)
-        gone = sorted(found, key=lambda head: (found[head], head))[:leave]
-        yield from gone
-        kept = kept - frozenset(gone)
-    yield from _last(loss, kept)
-
-
-def _costs(loss: Loss, kept: Heads, heads: Sequence[int]) -> dict[int, float]:
-    """What the absence of each of ``heads`` adds to the loss of ``kept``."""
-    now, *without = loss([kept, *(kept - {head} for head in heads)])
-    return {head: cost - now for head, cost in zip(heads, without, strict=True)}
-
-
-def _try(
-    loss: Loss, kept: Heads, guess: dict[int, float], leave: int, tries: int
-) -> dict[int, float]:
-    """The costs of some heads' absence: those with the lowest guesses, until ``leave`` of them are clear."""
-    order = sorted(kept, key=lambda head: (guess[head], head))
-    step = max(leave, tries // 2)
-    found: dict[int, float] = {}
-    for start in range(0, min(max(tries, 2 * leave), len(order)), step):
-        some = order[start : start + step]
-        if found and sorted(found.values())[leave - 1] <= guess[some[0]]:
-            break
-        found |= _costs(loss, kept, some)
-    return found
-
-
-def _last(loss: Loss, kept: Heads) -> list[int]:
-    """The best order in which all of ``kept`` can leave, of all orders."""
-    members = sorted(kept)
-    subsets = [
-        frozenset(head for place, head in enumerate(members) if bits >> place & 1)
-        for bits in range(2 ** len(members))
-    ]
-    cost = dict(zip(subsets, loss(subsets), strict=True))
-    # Sum of the losses from a subset down to none, and the head that leaves it on the best way there.
-    total: dict[Heads, float] = {frozenset(): 0.0}
-    leaves: dict[Heads, int] = {}
-    for subset in sorted(subsets, key=len)[1:]:
-        head = min(subset, key=lambda h: (total[subset - {h}] + cost[subset - {h}], h))
-        leaves[subset] = head
-        total[subset] = total[subset - {head}] + cost[subset - {head}]
-    order = []
-    while kept:
-        order.append(leaves[kept])
-        kept = kept - {leaves[kept]}
-    return order
+def _kinds(given: Quiz) -> Tensor:
+    """The place of each answer's kind in `KINDS`: int64 [answers]."""
+    return torch.tensor([KINDS.index(name) for name in given.kinds])
 
 
 def measure(
@@ -260,7 +226,8 @@ def measure(
 ) -> tuple[Tensor, dict[str, Any]]:
     """When each head left: 0 for the first, one less than the number of gated heads for the last.
 
-    The facts are ``losses``, what is lost with 0, 1, 2 ... retrieval heads, and ``choices``, how many were tried.
+    The facts are ``losses``, what is lost with 0, 1, 2 ... retrieval heads, and ``choices`` and ``judged``, how many
+    choices were tried and how many of them by all texts.
     """
     from tqdm import tqdm
 
@@ -271,17 +238,18 @@ def measure(
     count = len(choices.values)
     left = torch.empty(count)
     with installed(model, choices):
-        exam = _Exam(model, choices, quizzes, batch_tokens=options.batch_tokens)
-        order = eliminate(exam, count, options=options)
-        bar = tqdm(order, total=count, desc="eliminate", unit="head", disable=not progress)
-        kept = [frozenset(range(count))]
-        for place, head in enumerate(bar):
-            left[head] = place
-            kept.append(kept[-1] - {head})
-        losses = exam(kept[::-1])
+        exam = _Exam(
+            model, choices, quizzes, screen=options.screen, batch_tokens=options.batch_tokens
+        )
+        leaving = eliminate(exam, count, options=options)
+        bar = tqdm(leaving, total=count, desc="eliminate", unit="head", disable=not progress)
+        order = refine(exam, list(bar), options=options)
+        losses = exam([frozenset(order[place:]) for place in range(count, -1, -1)])
+    left[order] = torch.arange(count, dtype=left.dtype)
     with torch.no_grad():
         choices.values.copy_(left)
-    return torch.from_numpy(choices.alpha), {"losses": losses, "choices": exam.choices}
+    tried, judged = exam.choices
+    return torch.from_numpy(choices.alpha), {"losses": losses, "choices": tried, "judged": judged}
 
 
 def _quizzes(

@@ -1,7 +1,8 @@
 """Long texts with several kinds of questions at their end: what a choice of heads is judged by when heads are given up.
 
 A choice that only has to answer passkeys keeps the heads of passkeys and drops what other lookups need, so one text
-asks for word lists by ordinal, codes by key and quotations by their beginning, and scores prose where nothing is asked.
+asks for word lists by ordinal, short and long ones, codes by key and quotations by their beginning, and scores prose
+where nothing is asked.
 Use `quiz(tokenizer, haystack_ids, context_length=4096, each=3, prose=64, first=384, generator=g)`.
 """
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from duohead.identify.passkeys import ORDINALS, WORDS, Needle, weave
 
-KINDS = ("list", "code", "quotation", "prose")
+KINDS = ("list", "copy", "code", "quotation", "prose")
 _LIST_WORDS = 8
+# Tokens of context for each word of a long list: what was found must be read on for long.
+_PER_WORD = 64
 _CODE_DIGITS = 6
 # Codes in a text for each one asked for, and words that their keys are pairs of: most keys share a half with others.
 _CODES = 4
@@ -50,7 +53,8 @@ def quiz(
 ) -> Quiz:
     """A text of exactly `context_length` tokens, with needles at random depths, asked for in random order.
 
-    All lists and quotations are asked for, and one in four codes.
+    All lists and quotations are asked for, and one in four codes. Long lists grow with the context, and there are none
+    where they would not be longer than short ones.
 
     Args:
         each: questions of each kind, at most 20 (there is one ordinal each).
@@ -61,7 +65,7 @@ def quiz(
     Raises:
         ValueError: the text is too short, or has no run of words to quote.
     """
-    needles, kinds = _needles(tokenizer, haystack_ids, each, generator)
+    needles, kinds = _needles(tokenizer, haystack_ids, each, context_length // _PER_WORD, generator)
     order = torch.randperm(len(needles), generator=generator).tolist()
     codes = [place for place in order if kinds[place] == "code"]
     asked = [place for place in order if place not in codes[each:]]
@@ -87,21 +91,23 @@ def quiz(
 
 
 def _needles(
-    tokenizer: Any, haystack_ids: Tensor, each: int, generator: torch.Generator
+    tokenizer: Any, haystack_ids: Tensor, each: int, long: int, generator: torch.Generator
 ) -> tuple[list[Needle], list[str]]:
-    """Needles in ascending depth, and their kinds."""
-    pool = ["list", "quotation", *["code"] * _CODES] * each
+    """Needles in ascending depth, and their kinds; a long list has ``long`` words."""
+    copies = ["copy"] if long > _LIST_WORDS else []
+    pool = ["list", *copies, "quotation", *["code"] * _CODES] * each
     low, high = _DEPTHS
     spread = torch.rand(len(pool), generator=generator).sort().values
     depths = (low + (high - low) * spread).tolist()
     kinds = [pool[place] for place in torch.randperm(len(pool), generator=generator).tolist()]
-    ordinals = iter(ORDINALS)
+    ordinals = {"list": iter(ORDINALS), "copy": iter(ORDINALS)}
     keys = iter(torch.randperm(len(_KEY_WORDS) ** 2, generator=generator).tolist())
     needles = []
     for kind, depth in zip(kinds, depths, strict=True):
-        if kind == "list":
-            lead = f"The {next(ordinals)} list of words:"
-            value = "".join(f" {WORDS[i]}" for i in _draw(len(WORDS), _LIST_WORDS, generator))
+        if kind in ordinals:
+            count, name = (_LIST_WORDS, "list") if kind == "list" else (long, "long list")
+            lead = f"The {next(ordinals[kind])} {name} of words:"
+            value = "".join(f" {WORDS[i]}" for i in _draw(len(WORDS), count, generator))
         elif kind == "code":
             key, half = divmod(next(keys), len(_KEY_WORDS))
             lead = f"The code of {_KEY_WORDS[key]} {_KEY_WORDS[half]} is"
