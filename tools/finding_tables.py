@@ -6,15 +6,23 @@ records is one sentence that says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from duohead.evaluate.methods import share_name
+from tools.finding_records import (
+    Records,
+    by_model,
+    is_of,
+    mean,
+    models,
+    of,
+    scores,
+    tuned_name,
+    values,
+)
 from tools.speed_tables import NOTHING, machine_line, table
 
-Records = Sequence[dict[str, Any]]
-MODELS = ("pocket", "pocket-mha")
-TASKS = ("passkeys", "needle", "number", "keyvalue")
 SUMMARY = "evaluate.compare.summary"
 OURS = ("optimise", "eliminate", "kvzip", "echo")
 
@@ -31,20 +39,20 @@ def compare(records: Records) -> str:
         cells = [
             _range(
                 [
-                    _mean(_all_tasks(e) for e in own if _is(e, retrieval_ratio=share, seed=seed))
+                    mean(_all_tasks(e) for e in own if is_of(e, retrieval_ratio=share, seed=seed))
                     for seed in sorted({e["shape"]["seed"] for e in own})
                 ]
             )
             for share in shares
         ]
         cost = [
-            _mean(e["numbers"][f"identify_{name}"] for e in own)
+            mean(e["numbers"][f"identify_{name}"] for e in own)
             for name in ("seconds", "forward_tokens", "backward_tokens")
         ]
         rows.append([scorer, *cells, f"{cost[0]:.0f} s", _count(cost[1]), _count(cost[2])])
     full = [e for e in records if e["op"] == SUMMARY and e["shape"]["scorer"] == "full"]
     rows.append(
-        ["*full attention*", *[f"{_mean(map(_all_tasks, full)):.1f}"] * len(shares), *[""] * 3]
+        ["*full attention*", *[f"{mean(map(_all_tasks, full)):.1f}"] * len(shares), *[""] * 3]
     )
     head = [
         "scorer",
@@ -62,13 +70,13 @@ def compare_tasks(records: Records) -> str:
     if not chosen:
         return NOTHING
     full = [e for e in chosen if e["shape"]["scorer"] == "full"]
-    eighth = [e for e in chosen if _is(e, retrieval_ratio=0.125)]
+    eighth = [e for e in chosen if is_of(e, retrieval_ratio=0.125)]
     rows = [
         [
             task,
-            f"{_mean(e['numbers'][task] for e in full):.1f}",
+            f"{mean(e['numbers'][task] for e in full):.1f}",
             *(
-                f"{_mean(e['numbers'][task] for e in eighth if _is(e, scorer=name)):.1f}"
+                f"{mean(e['numbers'][task] for e in eighth if is_of(e, scorer=name)):.1f}"
                 for name in OURS
             ),
         ]
@@ -83,22 +91,22 @@ def varied(
     """A table maker: what was varied, by model and share of heads; means over the four tasks."""
 
     def make(records: Records) -> str:
-        own = _of(records, question)
+        own = of(records, question)
         if not own:
             return NOTHING
-        models = _models(own)
+        found = models(own)
         rows = [
             [
                 str(value),
                 *(
-                    _range([_four(e) for e in own if _is(e, model=m, ratio=r, **{name: value})])
-                    for m in models
+                    _range(scores(own, model=m, ratio=r, **{name: value}))
+                    for m in found
                     for r in ratios
                 ),
             ]
-            for value in dict.fromkeys(e["shape"][name] for e in own)
+            for value in values(own, name)
         ]
-        columns = [f"{model}, {share_name(r)} %" for model in models for r in ratios]
+        columns = [f"{model}, {share_name(r)} %" for model in found for r in ratios]
         return table([head or name, *columns], rows) + _line(own)
 
     return make
@@ -106,39 +114,39 @@ def varied(
 
 def windows(records: Records) -> str:
     """Trained with (rows) against deployed with (columns), at an eighth of the heads."""
-    own = [e for e in _of(records, "windows") if _is(e, ratio=0.125)]
+    own = [e for e in of(records, "windows") if is_of(e, ratio=0.125)]
     if not own:
         return NOTHING
-    names = list(dict.fromkeys(e["shape"]["trained"] for e in own))
-    models = _models(own)
+    names = values(own, "trained")
+    found = models(own)
     rows = [
         [
             trained,
             *(
-                _range([_four(e) for e in own if _is(e, model=m, trained=trained, deployed=d)])
-                for m in models
+                _range(scores(own, model=m, trained=trained, deployed=d))
+                for m in found
                 for d in names
             ),
         ]
         for trained in names
     ]
-    head = ["trained with", *(f"{model}, {name}" for model in models for name in names)]
+    head = ["trained with", *(f"{model}, {name}" for model in found for name in names)]
     return table(head, rows) + _line(own)
 
 
 def agreement(records: Records) -> str:
     """Rank correlation of the gates that two tasks find, and how many of the best quarter they share."""
-    own = _of(records, "agreement")
+    own = of(records, "agreement")
     if not own:
         return NOTHING
-    names = list(dict.fromkeys(e["shape"]["identified_on"] for e in own))
+    names = values(own, "identified_on")
     rows = []
-    for model in _models(own):
+    for model in models(own):
         for first in names:
             cells = []
             for second in names:
                 pair = {"model": model, "identified_on": first, "compared_with": second}
-                numbers = next(e["numbers"] for e in own if _is(e, **pair))
+                numbers = next(e["numbers"] for e in own if is_of(e, **pair))
                 correlation, shared = numbers["rank_correlation"], numbers["overlap_0.25"]
                 cells.append(f"{correlation:.2f}, {100 * shared:.0f} %")
             rows.append([f"{model}, {first}", *cells])
@@ -147,7 +155,7 @@ def agreement(records: Records) -> str:
 
 def tuning(records: Records) -> str:
     """Rankings before and after fine-tuning, and what old and new pattern are worth on the tuned model (passkeys)."""
-    own = _of(records, "tuning")
+    own = by_model(of(records, "tuning"), "tuned_on", "rate")
     if not own:
         return NOTHING
     rows = []
@@ -156,7 +164,7 @@ def tuning(records: Records) -> str:
         found = {name: scores["passkeys"] for name, scores in numbers["accuracy"].items()}
         rows.append(
             [
-                f"{shape['model']}, {shape['tuned_on']}",
+                f"{shape['model']}, {tuned_name(shape)}",
                 f"{numbers['rank_correlation']:.2f}",
                 f"{100 * numbers['overlap_0.25']:.0f} %",
                 f"{found['full']:.0f}",
@@ -172,7 +180,7 @@ def tuning(records: Records) -> str:
 
 def errors(records: Records) -> str:
     """Exact match and first tokens, by depth, and the one head whose promotion gives back most."""
-    own = _of(records, "errors")
+    own = by_model(of(records, "errors"), "ratio")
     if not own:
         return NOTHING
     rows = []
@@ -197,20 +205,17 @@ def errors(records: Records) -> str:
 
 def lengths(records: Records) -> str:
     """Full attention and shares of heads at each length."""
-    own = _of(records, "lengths")
+    own = of(records, "lengths")
     if not own:
         return NOTHING
     found = sorted({e["shape"]["length"] for e in own})
-    methods = list(dict.fromkeys(e["shape"]["method"] for e in own))
+    methods = values(own, "method")
     rows = [
         [
             f"{model}, {method if method == 'full' else share_name(float(method)) + ' %'}",
-            *(
-                _range([_four(e) for e in own if _is(e, model=model, method=method, length=n)])
-                for n in found
-            ),
+            *(_range(scores(own, model=model, method=method, length=n)) for n in found),
         ]
-        for model in _models(own)
+        for model in models(own)
         for method in methods
     ]
     return table(["", *(f"{n:,}" for n in found)], rows) + _line(own)
@@ -226,7 +231,7 @@ def identify_steps(records: Records) -> str:
     rows = []
     for kernels in dict.fromkeys(e["shape"]["kernels"] for e in own):
         steps = [
-            next(e["numbers"] for e in own if _is(e, kernels=kernels, length=n)) for n in found
+            next(e["numbers"] for e in own if is_of(e, kernels=kernels, length=n)) for n in found
         ]
         rows.append(
             [
@@ -266,38 +271,16 @@ def identify_saved(records: Records) -> str:
     return table(head, rows) + _line(own)
 
 
-def _of(records: Records, question: str) -> list[dict[str, Any]]:
-    return [entry for entry in records if entry["op"] == f"findings.{question}"]
-
-
-def _is(entry: Mapping[str, Any], **wanted: Any) -> bool:
-    return all(entry["shape"].get(name) == value for name, value in wanted.items())
-
-
-def _models(records: Records) -> list[str]:
-    present = {entry["shape"]["model"] for entry in records}
-    return [model for model in MODELS if model in present]
-
-
-def _four(entry: Mapping[str, Any]) -> float:
-    return _mean(entry["numbers"][task] for task in TASKS)
-
-
 def _all_tasks(entry: Mapping[str, Any]) -> float:
-    return _mean(entry["numbers"][task] for task in entry["shape"]["task_versions"])
+    return mean(entry["numbers"][task] for task in entry["shape"]["task_versions"])
 
 
-def _mean(values: Iterable[float]) -> float:
-    given = list(values)
-    return sum(given) / len(given)
-
-
-def _range(values: Sequence[float]) -> str:
-    if not values:
+def _range(seeds: Sequence[float]) -> str:
+    if not seeds:
         return ""
-    middle = f"{_mean(values):.1f}"
-    spread = f"{min(values):.0f} – {max(values):.0f}"
-    return middle if max(values) - min(values) < 1 else f"{middle} ({spread})"
+    middle = f"{mean(seeds):.1f}"
+    spread = f"{min(seeds):.0f} – {max(seeds):.0f}"
+    return middle if max(seeds) - min(seeds) < 1 else f"{middle} ({spread})"
 
 
 def _count(tokens: float) -> str:

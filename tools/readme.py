@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 from duohead.evaluate.results import NeedleResult  # noqa: E402
 from duohead.files import write_text  # noqa: E402
 from duohead.record import read_records  # noqa: E402
-from tools import finding_tables, speed_tables  # noqa: E402
+from tools import finding_tables, footprint_tables, precision_tables, speed_tables  # noqa: E402
 from tools.speed_tables import NOTHING, machine_line, table  # noqa: E402
 
 RESULTS = ROOT / "results"
-PAGES = ("README.md", "docs/numbers.md", "docs/findings.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/findings.md", "docs/precision.md", "docs/laguna.md")
 NAMES = {"full": "all (full attention)", "streaming": "none (all heads stream)"}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -117,6 +117,12 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "tuning": ("findings.jsonl", finding_tables.tuning),
             "errors": ("findings.jsonl", finding_tables.errors),
             "lengths": ("findings.jsonl", finding_tables.lengths),
+            "precision_pocket": ("precision.jsonl", precision_tables.precision("pocket")),
+            "precision_mha": ("precision.jsonl", precision_tables.precision("pocket-mha")),
+            "laguna_card": ("footprint-laguna.jsonl", footprint_tables.card),
+            "laguna_longer": ("footprint-laguna.jsonl", footprint_tables.longer),
+            "laguna_policies": ("footprint-laguna.jsonl", footprint_tables.policies),
+            "rotation": ("precision.jsonl", precision_tables.rotation),
         }.items()
     },
 }

@@ -1,6 +1,7 @@
-"""Trains a pocket model, tokenizer and small Llama that retrieves, from text files, and writes its folder and card.
+"""Trains a pocket model, a tokenizer and a small model that retrieves, from text files, and writes its folder and card.
 
-Eight minutes on one H100 made the bundled `pocket`; `--tiny` makes a useless model on a CPU in seconds, as a test.
+Eight minutes on one H100 made the bundled `pocket`; the shapes called tiny make a useless model on a CPU in seconds, as
+a test. Stopped by Ctrl-C or `timeout -s INT`, it leaves the weights as they are then.
 
     python tools/train_pocket.py --text books/*.txt.xz --held-out emma.txt.xz --out pocket --minutes 8
 """
@@ -8,6 +9,7 @@ Eight minutes on one H100 made the bundled `pocket`; `--tiny` makes a useless mo
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -26,55 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from duohead.identify.assembly import Sample
 from duohead.identify.haystack import read_text, tokens
 from tools import pocket_data, pocket_scores
-from tools.pocket_model import Muon, PocketLlama
+from tools.pocket_model import Muon
+from tools.pocket_shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, of its training batches, and of its evaluation."""
-
-    vocabulary: int = 4096
-    hidden: int = 192
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    inner: int = 384
-    tokens_per_step: int = 131072
-    report_lengths: tuple[int, ...] = (512, 2048, 8192)
-    final_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    count: int = 200
-
-    def config(self) -> LlamaConfig:
-        """The configuration of transformers' Llama with these sizes."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=64,
-            max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-            dtype="bfloat16",
-        )
-
-
-GQA = Shape()
-MHA = Shape(kv_heads=8, inner=224)
-TINY = Shape(
-    vocabulary=1024, hidden=64, layers=2, heads=2, kv_heads=1, inner=64, tokens_per_step=2048,
-    report_lengths=(512,), final_lengths=(2048,), count=8,
-)  # fmt: skip
+BEGAN = time.monotonic()
+SMOKE = 20  # steps after which the speed is told for the first time
+# Weights of gates and routers: a full Muon step would shut a head or an expert before it has learnt anything.
+SWITCHES = (".g", ".router")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,15 +60,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="folder of the model; its name names it",
     )
-    parser.add_argument("--mha", action="store_true", help="as many KV heads as query heads")
     parser.add_argument(
-        "--tiny", action="store_true", help="a useless model in seconds, on a CPU, as a test"
+        "--shape",
+        choices=SHAPES,
+        default="gqa",
+        help="gqa is pocket, mha has as many KV heads as query heads, tiny is useless (%(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="a tokenizer of the same size instead of one trained on the text",
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=8.0,
         help="time to train, apart from tokenising and scoring",
+    )
+    parser.add_argument(
+        "--by",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end training so long after the start of the program, if that is sooner",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -127,11 +104,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_tokenizer(text: str, extra: str, shape: Shape, folder: Path) -> PreTrainedTokenizerBase:
-    """Trains the tokenizer, writes it to `folder`, and loads it again as anyone would."""
+def make_tokenizer(
+    text: str, extra: str, shape: Shape, options: argparse.Namespace
+) -> PreTrainedTokenizerBase:
+    """Trains the tokenizer, or takes the one given, writes it to the folder, and loads it again as anyone would."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    block = 100_000
+    if options.tokenizer is not None:
+        given: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.tokenizer)
+        if len(given) != shape.vocabulary:
+            raise ValueError(
+                f"tokenizer must have {shape.vocabulary} tokens, got {len(given)}; leave it out to train one"
+            )
+        given.save_pretrained(options.out)
+        return given
+    folder, block = options.out, 100_000
     texts = [
         part[i : i + block]
         for part in (text, extra[: len(text) // 6])
@@ -169,25 +156,35 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuda = self.device.type == "cuda"
         self.shape, self.options = shape, options
-        self.model = PocketLlama(
-            shape.config(), compute=torch.bfloat16 if cuda else torch.float32, compiled=cuda
+        self.model = shape.model(
+            compute=torch.bfloat16 if cuda else torch.float32, compiled=cuda
         ).to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        matrices = [p for layer in self.model.layers for p in layer.parameters() if p.ndim == 2]
-        rest = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
-        self.optimisers = [
-            Muon(matrices, lr=0.012, momentum=0.95, weight_decay=0.1),
-            torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda),
+        groups: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "switches": [], "rest": []}
+        for name, parameter in self.model.named_parameters():
+            matrix = name.startswith("layers.") and parameter.ndim >= 2
+            kind = "switches" if name.endswith(SWITCHES) else "matrices" if matrix else "rest"
+            groups[kind].append(parameter)
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(groups["matrices"], lr=0.012, momentum=0.95, weight_decay=0.1),
+            torch.optim.AdamW(
+                groups["rest"], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda
+            ),
         ]
+        if groups["switches"]:
+            self.optimisers.append(
+                Muon(groups["switches"], lr=0.0012, momentum=0.95, weight_decay=0.1)
+            )
         self._peaks = [
             group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups
         ]
 
     def _schedule(self, step: int, progress: float) -> None:
-        factor = min(1.0, (step + 1) / 100) * min(1.0, (1.0 - progress) / 0.5)
+        self._decay = max(0.0, min(1.0, (1.0 - progress) / 0.5))
+        factor = min(1.0, (step + 1) / 100) * self._decay
         groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
         for group, peak in zip(groups, self._peaks, strict=True):
-            group["lr"] = peak * max(factor, 0.0)
+            group["lr"] = peak * factor
 
     def step(self, ids: Tensor, classes: Tensor) -> Tensor:
         """One update; the loss, still on the device."""
@@ -199,33 +196,45 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+        self.model.after_step(self._decay)
         return loss.detach()
 
     def run(
         self, batches: Iterator[tuple[Tensor, Tensor]], progress: Any, reports: list[Report]
     ) -> dict[str, Any]:
         """Trains for the minutes asked; returns facts for the card."""
-        step = seen = 0
-        paused = 0.0
-        begin = last = time.monotonic()
+        started = time.monotonic()
+        step, seen = 0, 0
+        paused, begin, last, last_seen = 0.0, started, started, 0
         while progress.value < 1.0:
             ids, classes = next(batches)
             self._schedule(step, progress.value)
             loss = self.step(ids, classes)
             step, seen = step + 1, seen + ids.numel()
-            if step % 8 == 0 and self.device.type == "cuda":
+            if (step % 8 == 0 or step == 1) and self.device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.monotonic()
-            progress.value = (now - begin - paused) / (60 * self.options.minutes)
+            if step == 1:
+                print(f"compiled, first step after {now - started:.0f} s", flush=True)
+                # Compiling is no training time.
+                begin, last, last_seen = now, now, seen
+            elif step == SMOKE + 1:
+                print(f"loss {float(loss):.3f}, {_speed(seen - last_seen, now - last)}", flush=True)
+            begun = begin + paused
+            seconds = min(60 * self.options.minutes, BEGAN + self.options.by - begun)
+            progress.value = (now - begun) / seconds if seconds > 0 else 1.0
             if now - last >= self.options.report_every:
+                print(_speed(seen - last_seen, now - last), end="  ")
                 self._report(step, seen, float(loss), progress.value, reports)
-                last = time.monotonic()
+                last, last_seen = time.monotonic(), seen
                 paused += last - now
-        return {"steps": step, "seen": seen}
+        return {"steps": step, "seen": seen, "minutes": seconds / 60}
 
     def _report(
         self, step: int, seen: int, loss: float, progress: float, reports: list[Report]
     ) -> None:
+        if not math.isfinite(loss):
+            raise SystemExit(f"the loss is {loss} at step {step}; the folder holds earlier weights")
         shown = []
         for report in reports:
             if report.length <= 2048 or progress > 0.5:
@@ -234,7 +243,9 @@ class Trainer:
                     f"{report.task[:4]}@{report.length} {100 * result.exact_match:.0f}/{100 * result.first_token:.0f}"
                 )
         print(
-            f"{100 * progress:5.1f} % step {step} tokens {seen / 1e6:.0f}M loss {loss:.3f} exact/first:",
+            f"{100 * progress:5.1f} % step {step} tokens {seen / 1e6:.0f}M loss {loss:.3f}",
+            self.model.state_line(),
+            "exact/first:",
             "  ".join(shown),
             flush=True,
         )
@@ -248,6 +259,10 @@ class Trainer:
         for file in fresh.iterdir():
             os.replace(file, folder / file.name)
         fresh.rmdir()
+
+
+def _speed(count: int, seconds: float) -> str:
+    return f"{count / 1e6 / seconds:.2f}M tokens/s"
 
 
 @dataclass(frozen=True)
@@ -265,7 +280,7 @@ def report_samples(
     """A few samples of every task that fits each length."""
     made = []
     for length in shape.report_lengths:
-        for task in ("passkeys", "needle", "number", "keyvalue"):
+        for task in pocket_scores.ASKED:
             if length < 2048 and task == "passkeys":
                 continue
             count = 16 if task == "passkeys" else 64
@@ -284,14 +299,14 @@ def report_samples(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tokenizer, training, scores, card."""
     options = parse(arguments)
-    shape = TINY if options.tiny else MHA if options.mha else GQA
+    shape = SHAPES[options.shape]
     text, extra = read_text(options.text), pocket_data.standard_library()
     held = {Path(file).name.split(".")[0]: read_text(file) for file in options.held_out}
     if not held:
         cut = len(text) * 19 // 20
         held, text = {"last twentieth": text[cut:]}, text[:cut]
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(text, extra, shape, options.out)
+    tokenizer = make_tokenizer(text, extra, shape, options)
     corpora = [
         tokens(part, tokenizer, at_least=32).numpy().astype(np.uint16) for part in (text, extra)
     ]
@@ -319,16 +334,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{trainer.parameters} parameters; tokens of text {[len(c) for c in corpora]}; {trainer.device}",
         flush=True,
     )
-    counted = trainer.run(stream, progress, reports)
+    try:
+        counted = trainer.run(stream, progress, reports)
+    except KeyboardInterrupt:
+        trainer.save()
+        raise
     trainer.save()
     finish(trainer, held, counted)
 
 
 def finish(trainer: Trainer, held: dict[str, str], counted: dict[str, Any]) -> None:
-    """Scores the folder as written, prints the table, and adds the card."""
-    options, shape, records = trainer.options, trainer.shape, []
+    """Scores the folder as written, text by text, adds the card, and prints the table."""
+    options, shape = trainer.options, trainer.shape
+    hardware = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
+    facts = {
+        "name": options.out.name,
+        "family": shape.family,
+        "parameters": f"{trainer.parameters:,} (tied embeddings), stored in bf16",
+        "architecture": f"{shape.architecture()}; own byte-level BPE, {shape.vocabulary} tokens",
+        "text": ", ".join(Path(file).name.split(".")[0] for file in options.text),
+        "training": f"{counted['minutes']:.3g} minutes on {hardware}, {counted['steps']:,} steps of "
+        f"{shape.tokens_per_step:,} tokens, {counted['seen'] / 1e9:.2f} billion tokens, seed {options.seed}",
+        "longest training sequence": shape.tokens_per_step // 6,
+        "software": f"torch {torch.__version__}",
+    }
+    records: list[dict[str, Any]] = []
     for name, text in held.items():
-        records += pocket_scores.evaluate_folder(
+        scored = pocket_scores.evaluate_folder(
             options.out,
             text,
             text_name=name,
@@ -336,23 +368,12 @@ def finish(trainer: Trainer, held: dict[str, str], counted: dict[str, Any]) -> N
             count=shape.count,
             device=trainer.device,
         )
-    hardware = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
-    facts = {
-        "name": options.out.name,
-        "parameters": f"{trainer.parameters:,} (tied embeddings), stored in bf16",
-        "architecture": f"Llama, {shape.layers} layers, {shape.heads} query heads, "
-        f"{shape.kv_heads} KV heads of size 64, "
-        f"hidden {shape.hidden}, MLP {shape.inner}, RoPE base 5e5; own byte-level BPE, {shape.vocabulary} tokens",
-        "text": ", ".join(Path(file).name.split(".")[0] for file in options.text),
-        "training": f"{options.minutes:g} minutes on {hardware}, {counted['steps']:,} steps of "
-        f"{shape.tokens_per_step:,} tokens, {counted['seen'] / 1e9:.2f} billion tokens, seed {options.seed}",
-        "longest training sequence": shape.tokens_per_step // 6,
-        "software": f"torch {torch.__version__}",
-    }
-    if options.results:
-        pocket_scores.write_lines(options.results, records)
-    (options.out / "README.md").write_text(pocket_scores.card(records, facts), encoding="utf-8")
-    print(pocket_scores.table(records))
+        records += scored
+        if options.results:
+            pocket_scores.write_lines(options.results, scored)
+        card = pocket_scores.card(records, facts)
+        (options.out / "README.md").write_text(card, encoding="utf-8")
+        print(pocket_scores.table(scored), flush=True)
 
 
 if __name__ == "__main__":

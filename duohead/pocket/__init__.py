@@ -1,7 +1,8 @@
-"""The bundled pocket models: small Llamas trained to retrieve, so that everything here runs offline on a CPU.
+"""The bundled pocket models: small models trained to retrieve, so that everything here runs offline on a CPU.
 
-`pocket` has grouped-query attention (4 KV heads, 8 query heads), `pocket-mha` is its multi-head twin (8 KV heads);
-each folder holds weights, tokenizer and a card with its scores; tools/train_pocket.py made it. Use `load("pocket")`.
+`pocket` is a Llama with grouped-query attention (4 KV heads, 8 query heads), `pocket-mha` its multi-head twin (8 KV
+heads), `pocket-laguna` a Laguna, most of whose layers see a short window only. Each folder holds weights, tokenizer and
+a card with its scores, made by tools/train_pocket.py. Use `load("pocket")`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NAMES = ("pocket", "pocket-mha")
+NAMES = ("pocket", "pocket-mha", "pocket-laguna")
 
 
 def folder(name: str) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from duohead import HeadPattern, pocket
 from duohead.evaluate.needle import evaluate_needle
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ TASKS = ("passkeys", "number", "keyvalue", "needle")
 
 def errors(lab: Lab) -> None:
     """Accuracy by depth, first token against whole answer, and what each promoted head gives back."""
-    pattern = HeadPattern.load(pocket.pattern(lab.name))
-    for ratio in RATIOS:
+    pattern = lab.bundled()
+    for ratio in lab.ratios or RATIOS:
         base = pattern.policy(retrieval_ratio=ratio)
         policies = {"full": None, "duo": base, **_promoted(base)}
         result = evaluate_needle(
@@ -62,10 +61,9 @@ def errors(lab: Lab) -> None:
 def _promoted(base: HeadPolicy) -> dict[str, HeadPolicy]:
     """The policy with one more retrieval head, by the head's name: layer.head."""
     kept = [list(layer.retrieval) for layer in base.layers]
-    heads = range(base.layers[0].num_kv_heads)
     found = {}
-    for layer, chosen in enumerate(kept):
-        for head in set(heads) - set(chosen):
-            more = [sorted([*own, head]) if at == layer else own for at, own in enumerate(kept)]
+    for layer, policy in enumerate(base.layers):
+        for head in policy.streaming if policy.gated else ():
+            more = [[*own, head] if at == layer else own for at, own in enumerate(kept)]
             found[f"{layer}.{head}"] = base.with_retrieval(more)
     return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from duohead import HeadPattern
+from duohead import HeadPattern, pocket
 from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.tasks import TASKS
 from duohead.identify import haystack
@@ -53,13 +53,21 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much an experiment spends: training steps, samples and lengths of the evaluation."""
+    """How much an experiment spends: gate training, evaluation on needles and on prose, fine-tuning of the model.
+
+    ``lengths`` are those of needles and ``prose`` those of prose, in tokens, with ``windows`` texts of each length;
+    fine-tuning sees ``tuning_tokens`` at a learning rate whose peak is ``rate``.
+    """
 
     steps: int = 60
     samples: int = 10
     lengths: tuple[int, ...] = (4096,)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     batch: int = 25
+    prose: tuple[int, ...] = (1024, 2048, 8192, 16384)
+    windows: int = 8
+    tuning_tokens: int = 2_000_000
+    rate: float = 3e-4
 
     @property
     def answers(self) -> int:
@@ -67,12 +75,26 @@ class Effort:
         return self.samples * len(self.depths)
 
 
-SMALL = Effort(steps=3, samples=1, lengths=(1024,), depths=(0.5,), batch=1)
+SMALL = Effort(
+    steps=3,
+    samples=1,
+    lengths=(1024,),
+    depths=(0.5,),
+    batch=1,
+    prose=(1024,),
+    windows=1,
+    tuning_tokens=20_000,
+)
 
 
 @dataclass
 class Lab:
-    """One model with the texts to identify on and to score on, which never are the same."""
+    """One model with the texts to identify on and to score on, which never are the same.
+
+    ``pattern`` is the folder of the model's own pattern, for models that are not bundled. ``part`` (k, n) leaves to a
+    question that can be shared among n processes its k-th part, and ``ratios`` are shares of heads, for questions that
+    take them from the command line.
+    """
 
     name: str
     model: PreTrainedModel
@@ -83,6 +105,9 @@ class Lab:
     out: Path
     effort: Effort = field(default_factory=Effort)
     seeds: tuple[int, ...] = (0, 1, 2)
+    pattern: str | None = None
+    part: tuple[int, int] = (1, 1)
+    ratios: tuple[float, ...] = ()
 
     @classmethod
     def open(
@@ -94,7 +119,7 @@ class Lab:
         device: str | None = None,
         dtype: str = "auto",
         effort: Effort,
-        seeds: tuple[int, ...] = (0, 1, 2),
+        **fields: Any,
     ) -> Lab:
         """Load model and texts; heads are identified on the documentation inside CPython, scored on ``held_out``."""
         model, tokenizer = load_model(name, dtype=dtype, device=device)
@@ -102,7 +127,15 @@ class Lab:
         ids = haystack.tokens(haystack.default_text(), tokenizer, at_least=8192, at_most=limit)
         other = haystack.tokens(haystack.read_text(held_out), tokenizer, at_least=8192)
         label = ", ".join(Path(path).name.split(".")[0] for path in held_out)
-        return cls(name, model, tokenizer, ids, other, label, out, effort, seeds)
+        return cls(name, model, tokenizer, ids, other, label, out, effort, **fields)
+
+    def bundled(self) -> HeadPattern:
+        """The pattern that came with the model, or the one that ``pattern`` names."""
+        if self.pattern is None and self.name not in pocket.NAMES:
+            raise ValueError(
+                f"pattern must name a folder for a model that is not bundled ({self.name}); identify its heads first"
+            )
+        return HeadPattern.load(self.pattern or pocket.pattern(self.name)).validate(self.model)
 
     def passkeys(self, *, length: int = 1280, **options: Any) -> MakeSample:
         """Samples of the paper's task; ``options`` are those of `passkey_sample`."""
@@ -199,7 +232,14 @@ class Lab:
             for name in policies
         }
 
-    def note(self, question: str, numbers: Mapping[str, Any], **variant: Any) -> None:
+    def note(
+        self,
+        question: str,
+        numbers: Mapping[str, Any],
+        *,
+        policy: HeadPolicy | None = None,
+        **variant: Any,
+    ) -> None:
         """Append one record: what was varied is its shape, what came out its numbers."""
         shape = {
             "model": self.name,
@@ -215,6 +255,7 @@ class Lab:
             impl="gates",
             shape=shape,
             dtype=self.model.dtype,
+            policy=policy,
             numbers=dict(numbers),
         )
 

@@ -6,11 +6,13 @@ Each takes a `Lab` and writes its records there. `QUESTIONS` maps the names of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from duohead import HeadPattern, pocket
+from duohead import HeadPattern, HeadPolicy
 from duohead.identify.scorers import score
 from tools.findings.errors import errors
 from tools.findings.lab import RATIOS, RECENT, RETRIEVAL, SINK, Lab, overlap, rank_correlation
+from tools.findings.precision import precision
 from tools.findings.steps import steps
 from tools.findings.tuning import tuned
 
@@ -20,7 +22,7 @@ PLACES = {"everywhere": (0.05, 0.95), "early": (0.05, 0.35), "late": (0.65, 0.95
 
 def sinks_and_recent(lab: Lab) -> None:
     """Streaming heads that keep 320 tokens: first ones only, last ones only, both; with the heads identified so."""
-    pattern = _bundled(lab)
+    pattern = lab.bundled()
     for name, sink, recent in (
         ("sink only", SINK + RECENT - 1, 1),
         ("recent only", 0, SINK + RECENT),
@@ -65,7 +67,7 @@ def objectives(lab: Lab) -> None:
 
 def passkeys(lab: Lab) -> None:
     """Number, length and places of the passkeys that the gates are trained on."""
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "10 of 32 words": {},
         "3 of 32 words": {"num_passkeys": 3},
         "1 of 32 words": {"num_passkeys": 1},
@@ -103,7 +105,7 @@ def tuning(lab: Lab) -> None:
     for kind in ("prose", "instructions"):
         with tuned(lab, kind) as (model, losses):
             after = lab.identify(lab.passkeys(), model=model)
-            policies = {"full": None}
+            policies: dict[str, HeadPolicy | None] = {"full": None}
             for ratio in RATIOS:
                 policies[f"old {ratio}"] = before.policy(retrieval_ratio=ratio)
                 policies[f"new {ratio}"] = after.policy(retrieval_ratio=ratio)
@@ -117,12 +119,13 @@ def tuning(lab: Lab) -> None:
                     "accuracy": scores,
                 },
                 tuned_on=kind,
+                rate=lab.effort.rate,
             )
 
 
 def lengths(lab: Lab) -> None:
     """Contexts up to and beyond what the model was trained on (21,845 tokens)."""
-    pattern = _bundled(lab)
+    pattern = lab.bundled()
     policies = {"full": None, **{str(r): pattern.policy(retrieval_ratio=r) for r in RATIOS}}
     longest = min(32768, len(lab.held_out))
     for length in (2048, 8192, 16384, 21845, 28672, 32768):
@@ -131,17 +134,13 @@ def lengths(lab: Lab) -> None:
                 lab.note("lengths", scores, method=name, length=length)
 
 
-def _score_ratios(lab: Lab, question: str, pattern: HeadPattern, **variant: object) -> None:
+def _score_ratios(lab: Lab, question: str, pattern: HeadPattern, **variant: Any) -> None:
     policies = {
         str(ratio): pattern.policy(retrieval_ratio=ratio, sink=SINK, recent=RECENT)
         for ratio in RATIOS
     }
     for ratio, scores in lab.accuracy(policies).items():
         lab.note(question, scores, ratio=float(ratio), **variant)
-
-
-def _bundled(lab: Lab) -> HeadPattern:
-    return HeadPattern.load(pocket.pattern(lab.name))
 
 
 def _text() -> str:
@@ -159,5 +158,6 @@ QUESTIONS: dict[str, Callable[[Lab], None]] = {
     "tuning": tuning,
     "errors": errors,
     "lengths": lengths,
+    "precision": precision,
     "steps": steps,
 }

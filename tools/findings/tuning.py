@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tools.findings.lab import Lab
 
-ROWS, LENGTH, RATE = 8, 1024, 3e-4
+ROWS, LENGTH = 8, 1024
 _ASK = (
     ("Repeat this line.", lambda line: line),
     ("Write this line in capitals.", str.upper),
@@ -32,15 +32,15 @@ _ASK = (
 
 @contextmanager
 def tuned(lab: Lab, kind: str) -> Iterator[tuple[PreTrainedModel, dict[str, float]]]:
-    """A copy of the lab's model after some hundred steps of AdamW on ``kind``, and its loss before and after."""
+    """A copy of the lab's model after AdamW saw ``tuning_tokens`` of ``kind``, and its loss before and after."""
     model = copy.deepcopy(lab.model).float().train()
     ids = _instructions(lab) if kind == "instructions" else lab.text_ids
-    steps = 4 * lab.effort.steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    rate, steps = lab.effort.rate, max(1, lab.effort.tuning_tokens // (ROWS * LENGTH))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
         loss = _loss(model, ids, generator)
         optimizer.zero_grad()
         loss.backward()

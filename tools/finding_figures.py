@@ -1,0 +1,324 @@
+"""The figures of docs/findings.md, drawn from the records of its experiments, one small PNG for each question.
+
+A page of numbers hides what a picture shows at once: which rows stand out, where curves part. Run
+`python -m tools.finding_figures results/*.jsonl --out docs/figures` after new records; the same records give the same
+bytes, and a question without records gives no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from duohead.evaluate.methods import share_name
+from duohead.evaluate.plots import require_matplotlib
+from duohead.evaluate.svg import short_count
+from duohead.record import read_records
+from tools.figure_parts import EXACT, dot_panels, first, line, matrix, panels_of, save, with_legend
+from tools.finding_records import (
+    TASKS,
+    Records,
+    by_model,
+    mean,
+    models,
+    of,
+    scores,
+    tuned_name,
+    values,
+)
+from tools.precision_tables import Row, front, rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAINED_LENGTH = 21845
+
+
+def write(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Draw every figure that ``files`` have records for into ``folder``; the paths written.
+
+    Raises:
+        ValueError: matplotlib is missing, a malformed file, or no record is of a question with a figure.
+    """
+    require_matplotlib()
+    records = [entry for path in files for entry in read_records(path)]
+    written = []
+    for name, draw in FIGURES.items():
+        figure = draw(records)
+        if figure is not None:
+            written.append(Path(folder) / f"{name}.png")
+            save(figure, written[-1])
+    if not written:
+        raise ValueError(
+            f"{', '.join(map(str, files))}: no records of a question with a figure ({', '.join(FIGURES)}); "
+            f"make some with python -m tools.findings"
+        )
+    return written
+
+
+def varied(question: str, name: str) -> Callable[[Records], Figure | None]:
+    """A figure maker: what was varied as rows, a dot for each share of heads, bars over seeds; a panel per model."""
+
+    def draw(records: Records) -> Figure | None:
+        own = of(records, question)
+        rows = {
+            model: {
+                str(value): {
+                    f"{share_name(ratio)} % of heads": scores(
+                        own, model=model, ratio=ratio, **{name: value}
+                    )
+                    for ratio in sorted(values(own, "ratio"), reverse=True)
+                }
+                for value in values(own, name)
+            }
+            for model in models(own)
+        }
+        return dot_panels(rows) if rows else None
+
+    return draw
+
+
+def windows(records: Records) -> Figure | None:
+    """Trained with (down) against deployed with (across), at an eighth of the heads."""
+    own = [entry for entry in of(records, "windows") if entry["shape"]["ratio"] == 0.125]
+    if not own:
+        return None
+    names = values(own, "trained")
+    figure, panels = panels_of(models(own), height=3.0)
+    for model, axes in panels.items():
+        cells = [
+            [mean(scores(own, model=model, trained=trained, deployed=one)) for one in names]
+            for trained in names
+        ]
+        matrix(axes, cells, rows=names, columns=names, top=100, form="{:.0f}")
+        axes.set_xlabel("deployed with, sinks + recent")
+    first(panels).set_ylabel("trained with")
+    return figure
+
+
+def tasks(records: Records) -> Figure | None:
+    """How far the rankings of two tasks agree, and what heads found on one (down) are worth on the others."""
+    pairs, found = of(records, "agreement"), of(records, "tasks")
+    found = [entry for entry in found if entry["shape"]["ratio"] == 0.125]
+    if not pairs or not found:
+        return None
+    names = values(pairs, "identified_on")
+    figure, panels = panels_of(models(pairs), rows=2, height=2.7)
+    for model in models(pairs):
+        alike, worth = panels[model], panels[f"{model} 1"]
+        correlation = {
+            (e["shape"]["identified_on"], e["shape"]["compared_with"]): e["numbers"]
+            for e in pairs
+            if e["shape"]["model"] == model
+        }
+        cells = [[correlation[row, one]["rank_correlation"] for one in names] for row in names]
+        matrix(alike, cells, rows=names, columns=names, top=1, form="{:.2f}")
+        alike.set_title(f"{model}: rank correlation of gates", fontsize="medium")
+        scored = {
+            e["shape"]["identified_on"]: e["numbers"] for e in found if e["shape"]["model"] == model
+        }
+        cells = [[scored[row][one] for one in TASKS] for row in names]
+        matrix(worth, cells, rows=names, columns=TASKS, top=100, form="{:.0f}")
+        worth.set_title(f"{model}: {EXACT}, 12.5 % of heads", fontsize="medium")
+        worth.set_xlabel("scored on")
+    for axes in (panels[models(pairs)[0]], panels[f"{models(pairs)[0]} 1"]):
+        axes.set_ylabel("identified on")
+    return figure
+
+
+def tuning(records: Records) -> Figure | None:
+    """Passkeys that tuned models answer: all heads, the old pattern, and one identified anew."""
+    own = by_model(of(records, "tuning"), "tuned_on", "rate")
+    rows: dict[str, dict[str, dict[str, list[float]]]] = {model: {} for model in models(own)}
+    for entry in own:
+        shape, accuracy = entry["shape"], entry["numbers"]["accuracy"]
+        found = {name: [part["passkeys"]] for name, part in accuracy.items()}
+        rows[shape["model"]][tuned_name(shape)] = {
+            "all heads": found["full"],
+            "a quarter, old pattern": found["old 0.25"],
+            "a quarter, new pattern": found["new 0.25"],
+            "an eighth, old pattern": found["old 0.125"],
+            "an eighth, new pattern": found["new 0.125"],
+        }
+    return dot_panels(rows, label="passkeys, %") if rows else None
+
+
+def errors(records: Records) -> Figure | None:
+    """Exact match by depth of the needle (across) and task (down); a row of panels per model, one column a share."""
+    own = of(records, "errors")
+    if not own:
+        return None
+    ratios = sorted(values(own, "ratio"), reverse=True)
+    places = {
+        f"{model}, {share_name(ratio)} % of heads": (model, ratio)
+        for model in models(own)
+        for ratio in ratios
+    }
+    figure, panels = panels_of(list(places), columns=len(ratios), height=2.2)
+    for name, axes in panels.items():
+        model, ratio = places[name]
+        mine = [e for e in own if (e["shape"]["model"], e["shape"]["ratio"]) == (model, ratio)]
+        if not mine:
+            axes.set_visible(False)
+            continue
+        by_depth = {entry["shape"]["task"]: entry["numbers"]["by_depth"] for entry in mine}
+        depths = [f"{100 * float(depth):g}" for depth in next(iter(by_depth.values()))]
+        cells = [list(found.values()) for found in by_depth.values()]
+        matrix(axes, cells, rows=list(by_depth), columns=depths, top=100, form="{:.0f}")
+    figure.supxlabel("depth of the needle, %", fontsize="medium")
+    return figure
+
+
+def lengths(records: Records) -> Figure | None:
+    """Full attention and shares of heads over the length of the context."""
+    own = of(records, "lengths")
+    if not own:
+        return None
+    figure, panels = panels_of(models(own), height=2.8)
+    for model, axes in panels.items():
+        for number, method in enumerate(values(own, "method")):
+            mine = [
+                e for e in own if (e["shape"]["model"], e["shape"]["method"]) == (model, method)
+            ]
+            label = "all heads" if method == "full" else f"{share_name(float(method))} %"
+            x = [entry["shape"]["length"] for entry in mine]
+            style = ":" if method == "full" else "-"
+            line(axes, x, [mean(scores([e])) for e in mine], label, f"C{number}", style)
+        axes.axvline(TRAINED_LENGTH, color="0.6", lw=0.8)
+        axes.text(
+            TRAINED_LENGTH, 3, "trained up to here ", ha="right", fontsize="small", color="0.4"
+        )
+        axes.set_ylim(0, 103)
+        ticks = [n for n in values(own, "length") if n != 28672]
+        axes.set_xticks(ticks, [short_count(n) for n in ticks])
+        axes.set_xlabel("tokens of context")
+    first(panels).set_ylabel(EXACT)
+    return with_legend(figure, panels)
+
+
+def steps(records: Records) -> Figure | None:
+    """Share of a long run's retrieval heads that shorter runs select, over their number of steps."""
+    own = [
+        e
+        for e in records
+        if e["op"] == "identify.steps_saved"
+        and "2K-8K" in e["impl"]
+        and not e["impl"].endswith("seed 1")
+    ]
+    if not own:
+        return None
+    figure, panels = panels_of(models(own), height=2.6)
+    for model, axes in panels.items():
+        mine = sorted(
+            (e for e in own if e["shape"]["model"] == model),
+            key=lambda e: e["numbers"]["steps_done"],
+        )
+        x = [entry["numbers"]["steps_done"] for entry in mine]
+        for number, ratio in enumerate((0.5, 0.25, 0.125)):
+            y = [100 * entry["numbers"][f"overlap_{ratio}"] for entry in mine]
+            line(axes, x, y, f"{share_name(ratio)} % of heads", f"C{number}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [str(n) for n in x])
+        axes.set_ylim(0, 104)
+        axes.set_xlabel("steps")
+    first(panels).set_ylabel("heads shared, %")
+    return with_legend(figure, panels)
+
+
+def precision(records: Records) -> Figure | None:
+    """Divergence and exact match over the bytes of the cache, a colour for each treatment of heads."""
+    found = [row for row in rows(records) if row.rotation is None]
+    if not found:
+        return None
+    names = list(dict.fromkeys(row.model for row in found))
+    figure, panels = panels_of(names, rows=2, height=3.1, width=5.2)
+    kinds = list(dict.fromkeys(row.family for row in found if row.retrieval))
+    for model in names:
+        own = [row for row in found if row.model == model]
+        _trade(panels[model], panels[f"{model} 1"], own, kinds)
+    panels[names[0]].set_ylabel("KL from the full model, nats")
+    panels[f"{names[0]} 1"].set_ylabel(f"{EXACT}, mean of tasks")
+    return with_legend(figure, panels)
+
+
+def _trade(top: Axes, below: Axes, own: Sequence[Row], kinds: Sequence[str]) -> None:
+    """One model's divergence (top) and exact match (below) over bytes; the line is the front, its points are named."""
+    at = min(row.longest for row in own)
+    stored = [row for row in own if row.retrieval]
+    whole = next((row for row in own if row.retrieval is None), None)
+    base = max(row.per_token[at] for row in stored)
+    size = {id(row): 100 * row.per_token[at] / base for row in own}
+    for number, kind in enumerate(kinds):
+        mine = [row for row in stored if row.family == kind]
+        x = [size[id(row)] for row in mine]
+        for axes, y in (
+            (top, [row.kl[at] for row in mine]),
+            (below, [mean(row.exact.values()) for row in mine]),
+        ):
+            axes.plot(x, y, "o", ms=4, label=kind, color=f"C{number}")
+    best = front(stored, at=at)
+    top.plot([size[id(r)] for r in best], [r.kl[at] for r in best], color="0.6", lw=0.8, zorder=0)
+    for number, row in enumerate(best):
+        place = (size[id(row)], row.kl[at])
+        # Below the front there is nothing; neighbours take turns in height.
+        beside = (-5, -3 if number % 2 else -14)
+        top.annotate(
+            row.storage,
+            place,
+            xytext=beside,
+            textcoords="offset points",
+            fontsize="x-small",
+            ha="right",
+        )
+    if whole:
+        below.axhline(mean(whole.exact.values()), color="0.4", ls=":", label="model as it is")
+    lowest = min(mean(row.exact.values()) for row in own)
+    below.set(title="", ylim=(min(lowest - 1, 94), 101))
+    below.set_xlabel(f"cache bytes at {short_count(at)} tokens, % of all heads in bf16")
+    marks = [
+        mark
+        for mark in (5, 10, 20, 30, 50, 100)
+        if mark > 0.6 * min(size[id(row)] for row in stored)
+    ]
+    top.set_yscale("log")
+    top.margins(y=0.12)
+    for axes in (top, below):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(marks, [str(mark) for mark in marks])
+        axes.set_xlim(0.6 * min(size[id(row)] for row in stored), 120)
+        axes.grid(visible=True, alpha=0.25)
+
+
+FIGURES: dict[str, Callable[[Records], Figure | None]] = {
+    "sinks": varied("sinks", "window"),
+    "windows": windows,
+    "objectives": varied("objectives", "objective"),
+    "passkeys": varied("passkeys", "variant"),
+    "tasks": tasks,
+    "tuning": tuning,
+    "errors": errors,
+    "lengths": lengths,
+    "steps": steps,
+    "precision": precision,
+}
+
+
+def main() -> int:
+    """Draw what the command line asks for, and say what was written."""
+    parser = argparse.ArgumentParser(prog="python -m tools.finding_figures", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="records")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the PNGs go")
+    args = parser.parse_args()
+    for path in write(args.out, args.files):
+        print(f"{path}, {path.stat().st_size / 1000:.0f} KB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
