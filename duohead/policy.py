@@ -34,9 +34,9 @@ class HeadPolicy:
         recent: last tokens that a streaming head sees, the query's own included.
         prefill_recent: the same during prefill (calls with more than one new token); None means ``recent``. A larger
             value also enlarges what a streaming head stores, since a later chunk must see as far back.
-        retrieval_dtype, streaming_dtype, window_dtype: storage of retrieval heads, of streaming heads, and of the heads
-            of natively windowed layers that keep their window: "auto" (the model's dtype), "bf16", "fp8", "int8",
-            "int4", or two of them as "KEYS/VALUES", such as "fp8/int4".
+        retrieval_dtype, streaming_dtype, window_dtype: storage of retrieval heads, of streaming heads, and of the
+            retrieval heads of natively windowed layers, which keep their window: "auto" (the model's dtype), "bf16",
+            "fp8", "int8", "int4", or two of them as "KEYS/VALUES", such as "fp8/int4".
         evict: False lets streaming heads keep and see every token, stored as ``streaming_dtype``: a lower precision
             instead of a shorter memory. ``sink`` and ``recent`` then have no say; native windows stay as they are.
         visibility: "token" (exact), or "chunk" for the reference code's rule, to reproduce published numbers only.
@@ -237,7 +237,7 @@ class HeadPolicy:
             dtype: what "auto" storage means; by default the bound model's dtype, else bfloat16.
             rollback: extra tokens that streaming heads keep so that `crop` can undo (see `DuoCache`).
         """
-        _check_size(tokens, batch)
+        _check_size(tokens, batch, rollback)
         total = 0
         for index, (key_dim, value_dim) in enumerate(self._dims(head_dim)):
             for store in self.stores(index):
@@ -285,7 +285,7 @@ class HeadPolicy:
             The length, or None if there is none, as where every head keeps every token as it is.
 
         Raises:
-            ValueError: ``up_to`` below 1, or no head size.
+            ValueError: ``up_to`` or ``head_dim`` below 1, ``rollback`` below 0, or no head size.
         """
         if up_to is not None and (not is_int(up_to) or up_to < 1):
             raise ValueError(f"up_to must be None or an integer >= 1 (tokens), got {up_to!r}")
@@ -299,6 +299,8 @@ class HeadPolicy:
 
     def _dims(self, head_dim: int | None) -> list[tuple[int, int]]:
         if head_dim is not None:
+            if not is_int(head_dim) or head_dim < 1:
+                raise ValueError(f"head_dim must be None or an integer >= 1, got {head_dim!r}")
             return [(head_dim, head_dim)] * len(self.layers)
         if not self.shapes:
             raise ValueError(
@@ -327,11 +329,8 @@ class HeadPolicy:
             )
         if "layers" not in fields:
             raise ValueError("policy has no field 'layers'; pass what to_dict or to_json gave")
-        layers = tuple(
-            LayerPolicy(layer["num_kv_heads"], tuple(layer["retrieval"]), layer["window"])
-            for layer in fields["layers"]
-        )
-        shapes = tuple(LayerShape(**shape) for shape in fields.get("shapes", ()))
+        layers = _parts(LayerPolicy, "layers", fields["layers"])
+        shapes = _parts(LayerShape, "shapes", fields.get("shapes", ()))
         return cls(**{**fields, "layers": layers, "shapes": shapes})
 
     def to_json(self) -> str:
@@ -353,8 +352,28 @@ def _ascending(heads: Sequence[int]) -> tuple[int, ...]:
         ) from None
 
 
-def _check_size(tokens: int, batch: int) -> None:
+def _parts(kind: type[Any], name: str, listed: Any) -> tuple[Any, ...]:
+    """Layers or shapes from their JSON form."""
+    known = sorted(kind.__dataclass_fields__)
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise ValueError(
+            f"{name} must be a list, got {listed!r}; pass what to_dict or to_json gave"
+        )
+    for fields in listed:
+        if not isinstance(fields, Mapping) or sorted(fields) != known:
+            raise ValueError(
+                f"{name} must list entries with the fields {known}, got {fields!r}; pass what to_dict or to_json gave"
+            )
+    return tuple(
+        kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()})
+        for fields in listed
+    )
+
+
+def _check_size(tokens: int, batch: int, rollback: int = 0) -> None:
     if not is_int(tokens) or tokens < 0:
         raise ValueError(f"tokens must be an integer >= 0, got {tokens!r}")
+    if not is_int(rollback) or rollback < 0:
+        raise ValueError(f"rollback must be an integer >= 0 (tokens), got {rollback!r}")
     if not is_int(batch) or batch < 1:
         raise ValueError(f"batch must be an integer >= 1 (rows), got {batch!r}")

@@ -24,7 +24,7 @@ def step(tokens: int) -> int:
 
 
 def capacity(tokens: int) -> int:
-    """Slots a growing store holds for ``tokens`` tokens: at most an eighth more than needed, a power of two exactly.
+    """Slots a growing store holds for ``tokens`` tokens: at most an eighth (or 15) more, none at 16, 32, 64 and so on.
 
     Growth then needs few allocations, and the size never depends on how the tokens arrived.
     """

@@ -297,10 +297,12 @@ def test_crop_speaks_of_what_it_was_given() -> None:
 
 def test_bad_use_is_refused_with_the_remedy() -> None:
     policy = HeadPolicy.from_heads(retrieval=[[0], []], num_kv_heads=GROUPS, sink=1, recent=4)
-    with pytest.raises(ValueError, match="max_length must be at least 1 token, or None .*got 0"):
-        DuoCache(policy, max_length=0)
-    with pytest.raises(ValueError, match="rollback must be at least 0 tokens, got -1"):
-        DuoCache(policy, rollback=-1)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"max_length must be an integer >= 1 .*got {wrong}"):
+            DuoCache(policy, max_length=wrong)
+    for wrong in (-1, 2.5, None):
+        with pytest.raises(ValueError, match=f"rollback must be an integer >= 0 .*got {wrong}"):
+            DuoCache(policy, rollback=wrong)
     with pytest.raises(
         ValueError, match="model is needed for a policy with layers that have no KV heads"
     ):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import (
+    HYBRIDS,
     LENGTH,
     RECENT,
     assert_close,
@@ -22,6 +23,7 @@ from tiny import (
 )
 
 from duohead import DuoCache, duo
+from duohead.models.generate import generate
 
 NEW = 10
 
@@ -63,6 +65,30 @@ def test_each_way_of_generating_equals_the_reference_without_cache(
         expected = generated(model, tokens, attention_mask=mask, use_cache=False, **WAYS[way])
     with duo(model, policy):
         assert generated(model, tokens, attention_mask=mask, **WAYS[way]) == expected
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("way", ["beams", "several samples returned"])
+def test_rows_are_copied_in_layers_without_kv_heads_too(family: str, way: str) -> None:
+    model, tokens = tiny(family), ids(2, 17)
+    with duo(model, policy_for(model, "alternating")):
+        torch.manual_seed(3)
+        found = generate(model, tokens, max_new_tokens=4, chunk=5, **WAYS[way]).tokens
+        torch.manual_seed(3)
+        assert torch.equal(found, model.generate(tokens, max_new_tokens=4, **WAYS[way]))
+
+
+@torch.no_grad()
+def test_rows_are_chosen_in_layers_without_kv_heads_too() -> None:
+    model, tokens = tiny("lfm2"), ids(3)
+    with duo(model, policy_for(model, "alternating")) as bound:
+        expected = model(tokens[[2, 1]], use_cache=False).logits
+        cache = DuoCache(bound, model)
+        cache.batch_repeat_interleave(2)  # of an empty cache
+        chunked_logits(model, cache, tokens[:, :9], [9])
+        cache.batch_select_indices(torch.tensor([False, True, True]))
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        assert_close(chunked_logits(model, cache, tokens[[2, 1], 9:], [6]), expected[:, 9:])
 
 
 def test_generation_without_a_cache_follows_the_policy(model: Any) -> None:

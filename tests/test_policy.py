@@ -180,6 +180,32 @@ def test_unknown_fields_in_json_are_refused() -> None:
         HeadPolicy.from_dict(fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": None}, "layers must be a list, got None; pass what to_dict or to_json gave"),
+        ({"layers": "abc"}, "layers must be a list, got 'abc'"),
+        ({"layers": [{"retrieval": [0], "window": None}]}, r"layers must .* the fields \['num_kv_heads', "),
+        ({"shapes": [{"head_dim": 8}]}, r"shapes must .* the fields \['head_dim', .*got \{'head_dim': 8\}"),
+        ({"shapes": [3]}, "shapes must list entries with the fields .*got 3; pass what"),
+        ({"layers": [{"num_kv_heads": 1, "retrieval": [], "window": None, "sink": 4}]}, "layers must .*'sink': 4"),
+    ],
+)  # fmt: skip
+def test_damaged_layers_in_json_are_refused(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadPolicy.from_dict(two_layers().to_dict() | fields)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, True])
+def test_sizes_that_no_cache_has_are_refused(wrong) -> None:
+    policy = two_layers(retrieval_dtype="fp8")
+    for call in (policy.saves_from, lambda **given: policy.kv_bytes(100, **given)):
+        with pytest.raises(ValueError, match=f"rollback must be an integer >= 0 .*got {wrong}"):
+            call(head_dim=8, rollback=wrong)
+        with pytest.raises(ValueError, match=f"head_dim must be .* integer >= 1, got {wrong}"):
+            call(head_dim=wrong)
+
+
 def test_capacity_is_monotone_close_and_exact_at_powers_of_two() -> None:
     slots = [capacity(tokens) for tokens in range(70000)]
     assert slots[0] == capacity(-3) == 0

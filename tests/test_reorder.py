@@ -156,7 +156,7 @@ def test_heads_that_are_in_order_are_not_touched(
     def touch(*args: Any) -> None:
         raise AssertionError("moved")
 
-    monkeypatch.setattr(reorder, "_permute", touch)
+    monkeypatch.setattr(reorder, "_permuted", touch)
     policy = HeadPolicy.from_heads(retrieval=[[0], [0, 1], []], num_kv_heads=4)
     with reorder_heads(llama, policy) as moved:
         assert moved.policy == moved.original == policy.bind(llama)
@@ -241,21 +241,30 @@ def test_moving_back_works_once_and_not_under_a_policy(llama: Any) -> None:
         refused("cannot be moved under a policy", reorder_heads, llama, kept(llama))
 
 
-def test_a_copy_that_fails_half_way_leaves_everything_in_place(
+def test_what_breaks_off_half_way_leaves_everything_in_place(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, permute, calls = bits(llama), reorder._permute, [0]
+    before, select, copy_ = bits(llama), torch.Tensor.index_select, torch.Tensor.copy_
+    calls = {"index_select": 0, "copy_": 0}
 
-    def fail(*args: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 7:
+    def full(*args: Any) -> torch.Tensor:  # no room for the copy
+        calls["index_select"] += 1
+        if calls["index_select"] == 7:
             raise MemoryError("full")
-        permute(*args)
+        return select(*args)
 
-    monkeypatch.setattr(reorder, "_permute", fail)
-    with pytest.raises(MemoryError):
-        reorder_heads(llama, kept(llama))
-    assert calls[0] > 7
-    assert not changed(llama, before)
-    monkeypatch.undo()
+    def interrupted(*args: Any) -> torch.Tensor:  # Ctrl-C while copying is raised afterwards
+        calls["copy_"] += 1
+        copied = copy_(*args)
+        if calls["copy_"] == 7:
+            raise KeyboardInterrupt
+        return copied
+
+    for name, broken in (("index_select", full), ("copy_", interrupted)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, name, broken)
+            with pytest.raises((MemoryError, KeyboardInterrupt)):
+                reorder_heads(llama, kept(llama), probe=False)
+        assert calls[name] > 7
+        assert not changed(llama, before)
     reorder_heads(llama, kept(llama)).undo()

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from duohead import HeadPolicy
-from duohead.models.reorder import reorder_heads
+from duohead.models.reorder import reorder_heads, restore_heads
 
 
 def last_attention(model: Any) -> Any:
@@ -184,3 +184,13 @@ def test_what_does_not_fit_is_refused() -> None:
         nn.Linear(2, 2),
         kept(llama),
     )
+
+
+def test_a_trained_prefix_holds_keys_of_heads() -> None:
+    peft = pytest.importorskip("peft")
+    wanted = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(build("llama"), wanted)
+    before = bits(model)
+    for call in (reorder_heads, restore_heads):
+        refused("prefix tuning keeps keys and values of heads in Peft", call, model, kept(model))
+    assert not changed(model, before)

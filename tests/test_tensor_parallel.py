@@ -1,4 +1,4 @@
-"""Orders of heads are fair to ranks, shares add up, and two processes compute and store what was foretold."""
+"""Orders of heads are fair to ranks, and two processes under `duo` compute and store what was foretold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,21 @@ import torch
 from tiny import WINDOW, ids, kv_heads, refused, tiny
 
 from duohead import DuoCache, HeadPolicy, duo
-from duohead.models.ranks import head_orders, in_order, rank_policy, rank_shares
+from duohead.models.engine import Engine
+from duohead.models.generate import generate
+from duohead.models.ranks import RankPolicy, head_orders, in_order, rank_policy, rank_shares
 from duohead.models.reorder import reorder_heads
-from duohead.models.tensor_parallel import on_rank
 
 RANKS = 2
 # Fields that two ranks divide, the vocabulary among them.
 FIELDS = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 64}
-FAMILIES = {"llama": {"attention_bias": True}, "gemma3": {}}
+# Biases; windows, gates, experts and query heads that differ by layer; keys that are gathered again for their norms.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "laguna": {"num_attention_heads_per_layer": [4, 8, 12]},
+    "olmo2": {},
+}
+GATHERED = "olmo2"
 KEPT = ([0, 1], [0], [1])
 NEW = 5
 
@@ -98,17 +105,23 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
         r"divide the KV heads of every layer \(2 in layer 1\), got 4", head_orders, policy, ranks=4
     )
     refused("ranks must be an integer >= 1, got 0", rank_policy, policy, 0, ranks=0)
+    refused("ranks must be an integer >= 1, got 0", rank_shares, policy, ranks=0, tokens=9)
     refused("ranks must be an integer >= 1, got True", head_orders, policy, ranks=True)
     refused(r"rank must lie in 0\.\.1, got 2", rank_policy, policy, 2, ranks=2)
 
 
-def test_a_model_in_one_process_is_refused() -> None:
-    model = tiny("llama")
-    config = model.config
-    policy = HeadPolicy.from_heads(retrieval=[[], [], []], num_kv_heads=4)
-    context = on_rank(model, policy)
-    refused("must be split over processes.*k_proj weights of type Parameter", context.__enter__)
-    assert model.config is config and config.num_key_value_heads == 4
+def test_a_policy_of_a_rank_binds_to_the_whole_model_alone() -> None:
+    model = tiny("gemma3", **FIELDS)
+    whole = policy_of_all(model)
+    own = rank_policy(whole, 1, ranks=2)
+    bound = own.bind(model)
+    assert bound == rank_policy(whole.bind(model), 1, ranks=2) == bound.bind(model)
+    assert [layer.num_kv_heads for layer in bound.layers] == [2, 2, 2]
+    assert [shape.num_kv_heads for shape in bound.shapes] == [2, 2, 2]
+    assert RankPolicy.from_dict(json.loads(bound.to_json())) == bound
+    refused("unknown fields .'ranks'", HeadPolicy.from_dict, bound.to_dict())
+    wrong = RankPolicy(own.layers, ranks=4)
+    refused("policy has 8 KV heads in layer 0 but the model has 4", wrong.bind, model)
 
 
 def policy_of_all(model: Any) -> HeadPolicy:
@@ -128,61 +141,102 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / family)
         torch.save((logits, answer), folder / family / "expected.pt")
         (folder / family / "policy.json").write_text(moved.policy.to_json())
+    tiny("llama", **FIELDS | {"num_key_value_heads": 1}).save_pretrained(folder / "one")
     here = Path(__file__)
     paths = os.pathsep.join([str(here.parent), str(here.parents[1]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    done = subprocess.run(
-        [sys.executable, *command, str(here), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    common = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = []
+    for rank in range(RANKS):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+        command, errors = [sys.executable, str(here), str(folder)], folder / f"{rank}.txt"
+        with errors.open("w") as file:
+            processes.append(
+                subprocess.Popen(
+                    command, env={**os.environ, **common, **place}, stdout=file, stderr=file
+                )
+            )
+    for rank, process in enumerate(processes):
+        assert process.wait(300) == 0, (folder / f"{rank}.txt").read_text()[-3000:]
     return folder
 
 
 def everything(folder: Path) -> None:
     """One of two processes: every model, split by tensor parallelism, under its policy."""
     import torch.distributed as dist
+
+    file, limit = f"file://{folder / 'meeting'}", timedelta(seconds=60)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", file, limit, world_size=RANKS, rank=rank)
+    for family in FAMILIES:
+        model, policy = split(folder / family)
+        found = report(model, policy, *torch.load(folder / family / "expected.pt"))
+        (folder / family / f"{rank}.json").write_text(json.dumps(found))
+    model, _ = split(folder / "one")
+    alone = HeadPolicy.from_heads(retrieval=[[0], [], []], num_kv_heads=1)
+    refused("1 KV heads split over 2 processes .*; use as many", duo(model, alone).__enter__)
+    dist.destroy_process_group()
+
+
+def split(folder: Path) -> tuple[Any, HeadPolicy]:
     from transformers import AutoModelForCausalLM
 
-    for family in FAMILIES:
-        model = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto")
-        rank, config = dist.get_rank(), model.config
-        expected, answer = torch.load(folder / family / "expected.pt", weights_only=True)
-        policy = HeadPolicy.from_dict(json.loads((folder / family / "policy.json").read_text()))
-        found: dict[str, Any] = {
-            "foretold": rank_shares(policy, ranks=RANKS, tokens=29, batch=2)[rank].kv_bytes
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    file = folder / "policy.json"
+    return model, HeadPolicy.from_dict(json.loads(file.read_text())) if file.exists() else None
+
+
+@torch.no_grad()
+def report(model: Any, policy: HeadPolicy, expected: Any, answer: Any) -> dict[str, Any]:
+    config, before = model.config, model(input_ids=ids(2), use_cache=False).logits
+    found: dict[str, Any] = {}
+    with duo(model, policy) as own:
+        found["heads"] = [layer.num_kv_heads for layer in own.layers]
+        found["config"] = model.config.num_key_value_heads
+        found["foretold"] = own.kv_bytes(29, 2)
+        cache = DuoCache(own, model)
+        logits = [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in ids(2).split(11, dim=1)
+        ]
+        found["error"] = float((torch.cat(logits, 1) - expected).abs().max() / expected.abs().max())
+        found["bytes"] = cache.kv_bytes()
+        options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+        engine = Engine(model, batch=2, max_length=40)
+        static = {"cache_implementation": "static"}
+        answers = {
+            "dynamic": model.generate(ids(2), **options),
+            "static": model.generate(ids(2), **options, **static),
+            "chunked": model.generate(ids(2), **options, prefill_chunk_size=8),
+            "generate": generate(model, ids(2), chunk=7, **options).tokens,
+            "engine": generate(model, ids(2), chunk=7, engine=engine, **options).tokens,
         }
-        with suppress(ValueError), duo(model, policy):
-            raise AssertionError("a policy of all heads was taken")
-        with torch.no_grad(), on_rank(model, policy) as own, duo(model, own):
-            cache = DuoCache(own, model)
-            logits = [
-                model(input_ids=part, past_key_values=cache, use_cache=True).logits
-                for part in ids(2).split(11, dim=1)
-            ]
-            found["error"] = float(
-                (torch.cat(logits, 1) - expected).abs().max() / expected.abs().max()
-            )
-            found["bytes"] = cache.kv_bytes()
-            for kind in ("dynamic", "static"):
-                options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": kind}
-                found[kind] = bool((model.generate(ids(2), **options) == answer).all())
-        found["restored"] = model.config is config and config.num_key_value_heads == 4
-        (folder / family / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+        found["wrong"] = [name for name, tokens in answers.items() if not tokens.equal(answer)]
+        if isinstance(own, RankPolicy):
+            theirs = DuoCache(policy, model)
+            refused("made for another policy", model, input_ids=ids(2), past_key_values=theirs)
+        refused("cannot be moved under a policy", reorder_heads, model, policy)
+    with duo(model, own) as again:
+        found["again"] = again == own
+    after = model(input_ids=ids(2), use_cache=False).logits
+    found["restored"] = model.config is config and after.equal(before)
+    refused("sharded.; reorder first", reorder_heads, model, policy)
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_compute_what_one_does_and_share_the_cache(two: Path, family: str) -> None:
     found = [json.loads((two / family / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    for rank in found:
+    policy = HeadPolicy.from_dict(json.loads((two / family / "policy.json").read_text()))
+    shares = rank_shares(policy, ranks=RANKS, tokens=29, batch=2)
+    for rank, share in zip(found, shares, strict=True):
+        whole = family == GATHERED
         assert rank["error"] < 1e-5
+        assert rank["wrong"] == []
+        assert rank["heads"] == [4 if whole else 2] * 3
+        assert rank["config"] == 4  # what save_pretrained would write
         assert rank["bytes"] == rank["foretold"]
-        assert rank["dynamic"] and rank["static"] and rank["restored"]
+        assert rank["bytes"] == (policy.kv_bytes(29, 2) if whole else share.kv_bytes)
+        assert rank["restored"] and rank["again"]
     if family == "llama":  # four retrieval heads, all of them among the first half before
         assert found[0]["bytes"] == found[1]["bytes"]
 

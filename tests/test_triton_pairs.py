@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -65,21 +66,27 @@ def test_streaming_heads_that_evict_nothing_see_everything(dtype: torch.dtype) -
     )  # fmt: skip
 
 
-def test_two_stores_that_keep_every_token_share_a_launch_by_their_bytes(monkeypatch) -> None:
-    """In one round of programs, each of which reads about as much; places: two programs on 132 processors each."""
+@pytest.mark.parametrize(
+    ("heads", "batch"), [((4, 4), 1), ((26, 6), 4), ((6, 26), 4), ((7, 1), 16)], ids=str
+)
+def test_two_stores_that_keep_every_token_share_a_launch_by_their_bytes(
+    heads: tuple[int, int], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole rounds of programs that each read about as much; places: two programs on 132 processors each."""
     monkeypatch.setattr(triton_decode_plan, "_processors", lambda device: 132)
     views, sizes = [], []
-    for name in ("fp8", "int4"):
+    for name, count in zip(("fp8", "int4"), heads, strict=True):
         parts = [
-            torch.empty(1, 4, 65536, width, dtype=dtype, device="meta")
+            torch.empty(batch, count, 65536, width, dtype=dtype, device="meta")
             for dtype, width in codec.get(name, native=torch.bfloat16).parts(128)
         ]
         sizes.append(2 * sum(part.nbytes for part in parts))
         segments = (Segment(tuple(parts), tuple(parts)),)
         views.append(StoredView(None, (name, name), segments, 0, None, None, None, 65536, None))
-    query = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16, device="meta")
+    query = torch.empty(batch, 4 * sum(heads), 1, 128, dtype=torch.bfloat16, device="meta")
     (launch,) = triton_decode_plan.make_plan(query, views).launches
     programs = [part.programs for part in launch if part is not None]
-    assert 240 <= sum(programs) <= 264
+    rounds = sum(programs) / 264
+    assert rounds / math.ceil(rounds) > 0.9
     reads = [size / count for size, count in zip(sizes, programs, strict=True)]
     assert max(reads) < 1.1 * min(reads)

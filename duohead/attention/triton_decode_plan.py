@@ -9,6 +9,7 @@ Shape letters: B rows, H query heads, G KV heads of one view, Q query tokens, T 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -134,8 +135,7 @@ def _work(view: StoredView, index: int, *, blocks: int, block: int) -> _Work:
 def _splits(works: Sequence[_Work], *, slots: int) -> list[int]:
     """Splits of each view's heads, given the work of each view in a launch.
 
-    The programs of stores that keep every token are to fill ``slots`` places in whole rounds, next to those of rings;
-    two such stores share the places by their bytes, so that all programs read about as much.
+    The programs of stores that keep every token are to fill ``slots`` places in whole rounds, next to those of rings.
     """
     longest = max(work.units * work.tiles for work in works)
     share = max(2, min(8, triton.cdiv(longest, slots)))
@@ -144,31 +144,38 @@ def _splits(works: Sequence[_Work], *, slots: int) -> list[int]:
     taken = sum(
         work.units * count for work, count, ring in zip(works, counts, rings, strict=True) if ring
     )
-    left = max(slots - taken, slots // 2)
-    size = sum(work.size for work, ring in zip(works, rings, strict=True) if not ring)
-
-    def filling(work: _Work) -> int:
-        splits = _rounds(work.units, max(1, left * work.size // max(size, 1)))
-        return max(1, min(splits, work.tiles, _MAX_SPLITS))
-
+    kept = [work for work, ring in zip(works, rings, strict=True) if not ring]
+    filling = iter(_rounds(kept, max(slots - taken, slots // 2)) if kept else ())
     return [
-        count if ring else filling(work)
+        count if ring else max(1, min(next(filling), work.tiles, _MAX_SPLITS))
         for work, count, ring in zip(works, counts, rings, strict=True)
     ]
 
 
-def _rounds(units: int, slots: int) -> int:
-    """Splits of ``units`` heads so that their programs fill ``slots`` places evenly, in as few rounds as that takes."""
+def _rounds(works: Sequence[_Work], slots: int) -> list[int]:
+    """Splits of the heads of each view, so that programs fill ``slots`` places evenly, in as few rounds as that takes.
+
+    All programs are to read about as many bytes, so heads in a narrower format are cut into fewer: the last round would
+    otherwise wait for a few long ones.
+    """
+    sizes = [work.size / work.units for work in works]
+    weights = [size / max(*sizes, 1.0) for size in sizes]
+    units = sum(work.units * weight for work, weight in zip(works, weights, strict=True))
+
+    def cut(splits: int) -> list[int]:
+        return [max(1, round(splits * weight)) for weight in weights]
+
+    def rounds(splits: int) -> float:
+        programs = sum(work.units * count for work, count in zip(works, cut(splits), strict=True))
+        return programs / slots
+
     if units <= slots // 4:
-        return slots // units
-    options = range(max(1, slots // units), max(1, 4 * slots // units) + 1)
-
-    def filled(splits: int) -> float:
-        rounds = units * splits / slots
-        return rounds / -(-rounds // 1)
-
-    best = max(filled(splits) for splits in options)
-    return next(splits for splits in options if filled(splits) >= 0.97 * best)
+        fitting = range(int(slots // units), 0, -1)
+        return cut(next((splits for splits in fitting if rounds(splits) <= 1), 1))
+    options = range(max(1, int(slots // units)), max(1, int(4 * slots // units)) + 1)
+    filled = {splits: rounds(splits) / math.ceil(rounds(splits)) for splits in options}
+    best = max(filled.values())
+    return cut(next(splits for splits in options if filled[splits] >= 0.97 * best))
 
 
 def _tiles(view: StoredView, query: Tensor, block_m: int) -> Tiles:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from duohead.cache.handle import DuoHandle
@@ -18,6 +19,7 @@ from duohead.cache.layer import DUO_KV_OFFSET, DuoLayer
 from duohead.cache.view import HeadView, Piece, Segment, StoredView, pick_heads
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
+from duohead.storage import is_int
 
 __all__ = [
     "DUO_KV_OFFSET",
@@ -55,12 +57,12 @@ class DuoCache(Cache):
         max_length: int | None = None,
         rollback: int = 0,
     ) -> None:
-        if max_length is not None and max_length < 1:
+        if max_length is not None and (not is_int(max_length) or max_length < 1):
             raise ValueError(
-                f"max_length must be at least 1 token, or None for a cache that grows, got {max_length}"
+                f"max_length must be an integer >= 1 (tokens), or None for a cache that grows, got {max_length!r}"
             )
-        if rollback < 0:
-            raise ValueError(f"rollback must be at least 0 tokens, got {rollback}")
+        if not is_int(rollback) or rollback < 0:
+            raise ValueError(f"rollback must be an integer >= 0 (tokens), got {rollback!r}")
         if model is not None:
             policy = policy.bind(model, dtype=policy.native_dtype)
         self.policy = policy
@@ -159,6 +161,20 @@ class DuoCache(Cache):
             layer.check_crop(tokens_to_remove)
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, DuoLayer)):
             layer.crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times in a row."""
+        rows = next((layer.batch_size for layer in self.duo_layers if layer.is_initialized), None)
+        if rows is not None:
+            self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (integers, or a boolean mask of rows), in that order."""
+        index = torch.as_tensor(indices)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        for layer in self.layers:
+            # transformers' layers without KV heads know this name alone.
+            layer.reorder_cache(index)
 
     def activate_past_recording(self) -> None:
         """Prepare every layer for exact crops; layers of transformers' own do it their way."""

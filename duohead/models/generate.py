@@ -29,6 +29,7 @@ from duohead.models.engine import Engine, wait
 from duohead.models.interface import STATE, policy_of, unwrap
 from duohead.models.prefill import CHUNK, check_chunk, check_positions, positions_of, prefill
 from duohead.models.sampling import Request, requested
+from duohead.models.tensor_parallel import mesh_of
 
 __all__ = ["ENGINES", "KEPT", "Generation", "check_positions", "generate", "prefill"]
 
@@ -85,7 +86,8 @@ def generate(
         chunk: tokens per prefill forward, None for all at once; only ``visibility="chunk"`` sees a difference.
         progress: called with the number of prompt tokens done after every chunk.
         engine: "graph" or "compiled" for an engine that stays with the model until it is disabled (or needs another
-            one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it.
+            one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it
+            and the weights are in one process.
             An `Engine` of your own goes on with the text it holds: ``input_ids`` is then the whole text so far, of
             which it feeds what is new; ``reset()`` it for another text. What is refused leaves it as it was; an error
             or an interruption on the way leaves it empty, and the whole text may be passed again.
@@ -143,7 +145,9 @@ def _engine(
         raise ValueError(
             f"engine={engine!r} needs CUDA, but the model is on {device}; use 'auto' or 'transformers'"
         )
-    if engine == "transformers" or (engine == "auto" and device.type != "cuda"):
+    # Graphs that hold collectives of several processes are untested, so they are for those who ask.
+    alone = device.type == "cuda" and mesh_of(unwrap(model)) is None
+    if engine == "transformers" or (engine == "auto" and not alone):
         if max_length is not None:
             raise ValueError(
                 f"max_length={max_length} is for an engine, but {engine!r} decodes with transformers here; "

@@ -14,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from duohead.attention import check_impl
 from duohead.cache import DuoCache
 from duohead.models.hooks import NAME, PLAN, LayerPlan
 from duohead.models.probe import probe
+from duohead.models.tensor_parallel import own_heads
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
 
@@ -54,15 +55,17 @@ def duo(
 
     Args:
         model: a transformers causal language model (a PEFT or torch.compile wrapper of one is fine).
-        policy: which heads keep what.
+        policy: which heads keep what. Under tensor parallelism it speaks of the whole model, the same in every process.
         impl: attention implementation, one of `duohead.attention.IMPLEMENTATIONS`.
         probe: check once per model, on a handful of tokens, that it keeps transformers' attention contract.
 
     Yields:
-        The policy bound to the model: geometry, native windows and dtype filled in.
+        The policy bound to the model: geometry, native windows and dtype filled in. Under tensor parallelism it holds
+        the heads of this process alone, and so do its ``kv_bytes`` and those of caches.
 
     Raises:
-        ValueError: the policy does not fit, or the model breaks the contract; the message says which part.
+        ValueError: the policy does not fit, the model breaks the contract, or its processes do not share KV heads
+            evenly; the message says which part.
     """
     bound = enable(model, policy, impl=impl, probe=probe)
     try:
@@ -78,7 +81,7 @@ def enable(model: Any, policy: HeadPolicy, *, impl: str = "auto", probe: bool = 
     if STATE in vars(target):
         raise ValueError("this model has a policy already; call duohead.disable(model) first")
     _check_kind(target)
-    bound = policy.bind(target)
+    bound = own_heads(target, policy.bind(target))
     if not any(layer.num_kv_heads for layer in bound.layers):
         raise ValueError(
             f"{type(target).__name__} has no layer with KV heads, so a policy has nothing to do"
@@ -145,9 +148,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 def _probe(model: PreTrainedModel, policy: HeadPolicy, impl: str) -> None:
     """Run the contract check under an all-retrieval version of the policy, on a model that is put back afterwards."""
     everything = policy.with_retrieval([range(layer.num_kv_heads) for layer in policy.layers])
-    lossless = HeadPolicy(
-        everything.layers, sink=0, recent=1, shapes=policy.shapes, native_dtype=policy.native_dtype
-    )
+    lossless = replace(everything, retrieval_dtype="auto", window_dtype="auto", visibility="token")
 
     @contextmanager
     def eager() -> Iterator[None]:

@@ -8,11 +8,11 @@ part that failed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duohead.cache import DuoCache, DuoHandle
@@ -44,20 +44,12 @@ def probe(
         ValueError: the model breaks the contract; the message names the part.
     """
     name = type(model).__name__
-    vocabulary = text_config(model).vocab_size
-    device = model.get_input_embeddings().weight.device
-    ids = (torch.arange(TOKENS, device=device) * 7 + 3).remainder(vocabulary)[None, :]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            with eager():
-                expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
-            with installed():
-                found = _cached_logits(model, policy, ids, name)
-    finally:
-        for module, training in modes:
-            module.training = training
+    ids = some_tokens(model)
+    with torch.no_grad(), evaluating(model):
+        with eager():
+            expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        with installed():
+            found = _cached_logits(model, policy, ids, name)
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
     limit = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
     if not error <= limit:
@@ -66,6 +58,25 @@ def probe(
             f"attention by {error:.2g} (relative, limit {limit:g}); keys or values are "
             f"changed after cache.update, or masks differ"
         )
+
+
+def some_tokens(model: PreTrainedModel) -> Tensor:
+    """A handful of different tokens [1, TOKENS] that the model knows, where it takes them."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(TOKENS, device=device) * 7 + 3
+    return ids.remainder(text_config(model).vocab_size)[None, :]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every part of ``module`` in evaluation mode, and in the mode it was in afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _cached_logits(model: PreTrainedModel, policy: HeadPolicy, ids: Tensor, name: str) -> Tensor:

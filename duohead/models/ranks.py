@@ -8,7 +8,9 @@ them. `rank_shares` shows it for any policy, `in_order` is the policy after `reo
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -16,6 +18,7 @@ from duohead.policy import HeadPolicy, LayerPolicy
 from duohead.shapes import LayerShape
 
 Orders = tuple[tuple[int, ...], ...]
+Layer = TypeVar("Layer", LayerPolicy, LayerShape)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,35 @@ class RankShare:
     kv_bytes: int
 
 
-def rank_policy(policy: HeadPolicy, rank: int, *, ranks: int) -> HeadPolicy:
+@dataclass(frozen=True)
+class RankPolicy(HeadPolicy):
+    """A policy for the heads of one rank; it binds to the whole model, whose configs count the heads of all ranks.
+
+    Attributes:
+        ranks: how many equal runs of heads there are, of which this is one.
+    """
+
+    ranks: int = 1
+
+    def bind(self, model_or_config: Any, *, dtype: torch.dtype | str | None = None) -> Self:
+        """As `HeadPolicy.bind`, with the shapes of this rank's heads."""
+        whole = tuple(
+            replace(layer, num_kv_heads=layer.num_kv_heads * self.ranks) for layer in self.layers
+        )
+        bound = HeadPolicy(whole).bind(model_or_config, dtype=dtype)
+        return replace(
+            self,
+            layers=_shares(bound.layers, self.ranks),
+            shapes=_shares(bound.shapes, self.ranks),
+            native_dtype=bound.native_dtype,
+        )
+
+
+def _shares(layers: Sequence[Layer], ranks: int) -> tuple[Layer, ...]:
+    return tuple(replace(layer, num_kv_heads=layer.num_kv_heads // ranks) for layer in layers)
+
+
+def rank_policy(policy: HeadPolicy, rank: int, *, ranks: int) -> RankPolicy:
     """The part of a policy for the heads of one rank, counted from the rank's first head.
 
     Raises:
@@ -43,10 +74,9 @@ def rank_policy(policy: HeadPolicy, rank: int, *, ranks: int) -> HeadPolicy:
         own = range(rank * block, (rank + 1) * block)
         heads = tuple(head - own.start for head in layer.retrieval if head in own)
         layers.append(LayerPolicy(block, heads, layer.window))
-    shapes = tuple(
-        replace(shape, num_kv_heads=shape.num_kv_heads // ranks) for shape in policy.shapes
-    )
-    return replace(policy, layers=tuple(layers), shapes=shapes)
+    same = {field.name: getattr(policy, field.name) for field in fields(HeadPolicy)}
+    parts = {"layers": tuple(layers), "shapes": _shares(policy.shapes, ranks), "ranks": ranks}
+    return RankPolicy(**same | parts)
 
 
 def rank_shares(
@@ -59,6 +89,7 @@ def rank_shares(
     dtype: torch.dtype | str | None = None,
 ) -> tuple[RankShare, ...]:
     """What every rank stores of ``tokens`` tokens; arguments and errors as for `HeadPolicy.kv_bytes`."""
+    _check_ranks(policy, ranks)
     shares = []
     for rank in range(ranks):
         own = rank_policy(policy, rank, ranks=ranks)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from duohead.models.head_tensors import HeadLayer, head_tensors
+from duohead.models.head_tensors import INSTEAD, HeadLayer, head_tensors
 from duohead.models.interface import policy_of, unwrap
 from duohead.models.ranks import Orders, head_orders, in_order
 from duohead.models.reorder_check import check_unchanged, record_calls
@@ -90,6 +90,7 @@ def reorder_heads(
     """
     target = unwrap(model)
     _check_free(target)
+    _check_no_prefix(model)
     if STATE in vars(target):
         raise ValueError(
             "the heads of this model are reordered already; move them back first (undo, or restore_heads)"
@@ -122,6 +123,7 @@ def restore_heads(model: Any, policy: HeadPolicy, *, ranks: int = 1) -> None:
         ValueError: as for `reorder_heads`; or the model is known to be reordered in another way.
     """
     target = unwrap(model)
+    _check_no_prefix(model)
     original = policy.bind(target)
     orders = head_orders(original, ranks=ranks)
     if vars(target).get(STATE, orders) != orders:
@@ -144,6 +146,17 @@ def _check_free(model: Any) -> None:
         )
 
 
+def _check_no_prefix(model: Any) -> None:
+    """Refuse a prefix of PEFT, which holds keys and values of every head outside of the model."""
+    config = getattr(getattr(model, "_orig_mod", model), "active_peft_config", None)
+    if str(getattr(config, "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise ValueError(
+            f"cannot reorder heads: prefix tuning keeps keys and values of heads in {type(model).__name__}, which "
+            f"would not move; reorder the model inside (get_base_model) and train the prefix on it, or leave the heads "
+            f"where they are: {INSTEAD}"
+        )
+
+
 def _moved(layers: Sequence[HeadLayer], orders: Orders) -> list[HeadLayer]:
     """The layers that an order changes."""
     return [
@@ -161,18 +174,21 @@ def _move(layers: Sequence[HeadLayer], orders: Orders) -> None:
             for item in layer.tensors:
                 for tensor in (item.tensor, item.tensor.grad):
                     if tensor is not None:
-                        _permute(tensor, item.axis, order)
+                        shares, moved = _permuted(tensor, item.axis, order)
+                        # Before the copy: Ctrl-C is raised once it is done, so it counts as done from here on.
                         done.append((tensor, item.axis, order))
+                        shares.copy_(moved)
     except BaseException:
         for tensor, axis, order in reversed(done):
-            _permute(tensor, axis, _inverted(order))
+            shares, moved = _permuted(tensor, axis, _inverted(order))
+            shares.copy_(moved)
         raise
 
 
-def _permute(tensor: Tensor, axis: int, order: tuple[int, ...]) -> None:
-    """Reorder the equal shares that a tensor's axis consists of, in place."""
+def _permuted(tensor: Tensor, axis: int, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The equal shares that a tensor's axis consists of, as a view of it, and a copy of them in order."""
     shares = tensor.unflatten(axis, (len(order), -1))
-    shares.copy_(shares.index_select(axis, torch.tensor(order, device=tensor.device)))
+    return shares, shares.index_select(axis, torch.tensor(order, device=tensor.device))
 
 
 def _inverse(orders: Orders) -> Orders:

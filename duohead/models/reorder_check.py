@@ -7,8 +7,7 @@ inputs, which keeps differences from adding up over layers or tipping a router.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from duohead.models.head_tensors import INSTEAD
-from duohead.models.probe import TOKENS
-from duohead.shapes import text_config
+from duohead.models.probe import evaluating, some_tokens
 
 # Relative difference of an attention module's output: sums of the output projection are rounded in another order, and
 # norms of a fp64 model may work in fp32.
@@ -46,11 +44,9 @@ def record_calls(model: Any, modules: Sequence[nn.Module]) -> list[AttentionCall
     if not modules:
         return calls
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
-    device = model.get_input_embeddings().weight.device
-    ids = (torch.arange(TOKENS, device=device) * 7 + 3).remainder(text_config(model).vocab_size)
     try:
-        with _evaluating(model):
-            model(input_ids=ids[None, :], use_cache=False)
+        with evaluating(model):
+            model(input_ids=some_tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -65,7 +61,7 @@ def check_unchanged(calls: Sequence[AttentionCall]) -> None:
         ValueError: a module's output differs by more than rounding; the message names its layer.
     """
     for call in calls:
-        with _evaluating(call.module):
+        with evaluating(call.module):
             found = _first(call.module(*call.args, **call.kwargs))
         expected = call.output.double()
         error = float((found.double() - expected).norm() / expected.norm().clamp(min=1e-12))
@@ -76,17 +72,6 @@ def check_unchanged(calls: Sequence[AttentionCall]) -> None:
                 f"outputs afterwards (by {error:.2g}, relative, limit {limit:g}), so it treats heads by their number; "
                 f"{INSTEAD}"
             )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _first(output: Any) -> Tensor:

@@ -1,91 +1,74 @@
-"""A policy on a model that transformers has spread over several processes by tensor parallelism (``tp_plan``).
+"""Which heads of a model this process runs, where tensor parallelism (``tp_plan`` of transformers) spreads it out.
 
-Each process then runs every layer on its own run of heads, while the model's configs still count all of them. Inside
-``with on_rank(model, policy) as own, duo(model, own):`` configs and policy speak of this process's heads alone; its
-cache holds these, and outputs are the whole model's.
+A plan may split heads or gather them again (OLMo 2), and configs count all heads either way, so a few tokens through
+the model's own attention tell. `duohead.models.interface.enable` asks here, and `duo` then works in every process.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from duohead.models.interface import unwrap
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from duohead.models.probe import evaluating, some_tokens
 from duohead.models.ranks import rank_policy
 from duohead.policy import HeadPolicy
-from duohead.shapes import layer_shapes, text_config
-
-COUNTS = ("num_attention_heads", "num_key_value_heads", "num_attention_heads_per_layer")
+from duohead.shapes import text_config
 
 
-@contextmanager
-def on_rank(model: Any, policy: HeadPolicy) -> Iterator[HeadPolicy]:
-    """Let the configs of ``model`` count the heads of this process only, until the end of the block.
+def own_heads(model: Any, policy: HeadPolicy) -> HeadPolicy:
+    """The part of a bound policy for the heads that this process runs: all of it on a model that is not split.
 
-    Args:
-        model: a transformers causal language model whose attention is split by heads (DTensor weights).
-        policy: which heads of the whole model keep what; the same in every process.
-
-    Yields:
-        The part of the policy for the heads of this process. Leave `duo` before this block.
+    Every process of a split model has to ask, since one forward of it answers.
 
     Raises:
-        ValueError: the model is not split by heads, evenly, or its config does not name head counts in the usual way.
+        ValueError: the processes do not run equal runs of every layer's KV heads.
     """
-    target = unwrap(model)
-    rank, ranks = rank_of(target)
-    own = rank_policy(policy.bind(target), rank, ranks=ranks)
-    configs = [(module, module.config) for module in target.modules() if "config" in vars(module)]
-    memo: dict[int, Any] = {}
-    for module, config in configs:
-        module.config = copy.deepcopy(config, memo)
+    mesh = mesh_of(model)
+    if mesh is None:
+        return policy
+    heads = {index: layer.num_kv_heads for index, layer in enumerate(policy.layers)}
+    own = _kv_heads_run(model, heads, mesh.size())
+    if all(count == heads[index] for index, count in own.items()):
+        return policy
+    if mesh.ndim != 1 or any(count * mesh.size() != heads[index] for index, count in own.items()):
+        counts = ", ".join(f"{count} of {heads[index]}" for index, count in own.items())
+        raise ValueError(
+            f"{type(model).__name__} is split over {mesh.size()} processes in {mesh.ndim} dimensions, and the layers "
+            f"of this one run {counts} KV heads; duohead needs all heads, or equal parts in one dimension (tp_plan)"
+        )
+    return rank_policy(policy, mesh.get_local_rank(), ranks=mesh.size())
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """The processes over which the weights of attention layers are spread (a DeviceMesh), or None."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    layers = (part for part in model.modules() if isinstance(getattr(part, "layer_idx", None), int))
+    weights = (weight for layer in layers for weight in layer.parameters())
+    return next((weight.device_mesh for weight in weights if isinstance(weight, DTensor)), None)
+
+
+def _kv_heads_run(model: Any, heads: dict[int, int], ranks: int) -> dict[int, int]:
+    """For each layer that caches keys, of how many KV heads they are in this process."""
+    cache = DynamicCache(config=text_config(model))
     try:
-        _count_own(text_config(target), own.shapes[0].head_dim, ranks)
-        if layer_shapes(target) != own.shapes:
-            raise ValueError(
-                f"the heads of one rank cannot be written into {type(text_config(target)).__name__}, which counts "
-                f"them in a way of its own; use the model in one process"
-            )
-        yield own
-    finally:
-        for module, config in configs:
-            module.config = config
-
-
-def rank_of(model: Any) -> tuple[int, int]:
-    """Which run of heads this process has, and how many runs there are.
-
-    Raises:
-        ValueError: the weights of keys are not split by rows over a one-dimensional mesh.
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    projection = next(
-        (module for name, module in model.named_modules() if name.endswith(".k_proj")), None
-    )
-    weight = getattr(projection, "weight", None)
-    if not isinstance(weight, DTensor):
+        with torch.no_grad(), evaluating(model):
+            model(input_ids=some_tokens(model), past_key_values=cache, use_cache=True)
+    except RuntimeError as error:
+        uneven = {count for count in heads.values() if count % ranks}
+        if not uneven:
+            raise
         raise ValueError(
-            f"model must be split over processes by tensor parallelism, got k_proj weights of type "
-            f"{type(weight).__name__}; load it under torchrun with a tp_plan, or use duo(model, policy) alone"
-        )
-    if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
-        raise ValueError(
-            f"k_proj must be split by rows over one dimension of processes, got {weight.placements} over "
-            f"{weight.device_mesh.ndim} dimensions; load the model with tp_plan='auto' alone"
-        )
-    return weight.device_mesh.get_local_rank(), weight.device_mesh.size()
-
-
-def _count_own(config: Any, head_dim: int, ranks: int) -> None:
-    """Divide the head counts of a config, and name the head size, which otherwise follows from them."""
-    if getattr(config, "head_dim", None) is None:
-        config.head_dim = head_dim
-    for name in COUNTS:
-        count = getattr(config, name, None)
-        if isinstance(count, (list, tuple)):
-            setattr(config, name, [heads // ranks for heads in count])
-        elif count is not None:
-            setattr(config, name, count // ranks)
+            f"{type(model).__name__} does not run with {uneven.pop()} KV heads split over {ranks} processes ({error}); "
+            f"use as many processes as divide the KV heads of every layer"
+        ) from error
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return {
+        index: key.shape[1] for index, key in enumerate(keys) if key is not None and heads[index]
+    }
