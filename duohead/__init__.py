@@ -7,8 +7,9 @@ transformers), at first use, so that ``import duohead`` itself costs nothing. On
 """
 
 import sys
+from threading import get_ident
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from duohead.adapter.auto import DuoheadConfig, DuoheadForCausalLM
@@ -73,44 +74,61 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_AUTO_MODULES = (
-    "transformers.models.auto.configuration_auto",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-)
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
-class _AutoModules:
-    """Finds transformers' Auto modules as others would, and has our classes registered once they are loaded.
+class _Finder:
+    """Has AutoConfig told of our folders once somebody imports it; see `duohead.adapter.auto` for the rest.
 
-    Registering at once would import transformers, which takes seconds, for everybody who imports us.
+    transformers knows no entry points for this, and importing it here would take seconds of everybody who imports us.
+    So the import system has to say when: this finds the one module by asking all other finders, and puts a `_Loader`
+    before theirs. It stays out of the way of whatever else hooks imports, itself after a reload included.
     """
+
+    # Threads that ask all finders just now, this one among them, which then has nothing to say.
+    asking: ClassVar[set[int]] = set()
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in _AUTO_MODULES:
+        thread = get_ident()
+        if name != _AUTO_CONFIG or thread in cls.asking:
             return None
-        others = (item for item in sys.meta_path if item is not cls and hasattr(item, "find_spec"))
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec: Any = next((spec for spec in found if spec is not None), None)
-        if spec is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register(name)
-
-            spec.loader.exec_module = execute_and_register
+        cls.asking.add(thread)
+        try:
+            finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+            found = (finder.find_spec(name, path, target) for finder in finders)
+            spec: Any = next((spec for spec in found if spec is not None), None)
+        finally:
+            cls.asking.discard(thread)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
-def _register(module: str) -> None:
-    from duohead.adapter import auto
+class _Loader:
+    """Somebody else's loader, and a word to us after it; the loaded module knows theirs only."""
 
-    auto.register(module)
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec: Any = module.__spec__
+        spec.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register()
 
 
-sys.meta_path.insert(0, _AutoModules)
-for _module in _AUTO_MODULES:
-    if _module in sys.modules:
-        _register(_module)
+def _register() -> None:
+    from duohead.adapter.auto import register
+
+    register()
+
+
+# Looked up before the finder is there: an import that it hooks waits for ours, so ours must not wait for that one.
+_loaded = _AUTO_CONFIG in sys.modules
+sys.meta_path.insert(0, _Finder)
+if _loaded:
+    _register()

@@ -31,6 +31,7 @@ CONFIG, TSV, TENSORS, PICKLE = (
 ADAPTER = "duo_attention"
 ADAPTER_THRESHOLD = 0.5  # where the Laguna adapter's own loader splits its gates
 PRECISIONS = ("retrieval_dtype", "streaming_dtype", "window_dtype")
+ARRAYS = ("alpha", "raw_alpha", "fingerprint")  # of a HeadPattern, in TENSORS
 
 # Trained gates overshoot [0, 1] by a rounding error or an optimiser step; further out it is no file of gates.
 RAW_RANGE = (-1.0, 2.0)
@@ -106,7 +107,7 @@ def contents(fields: Mapping[str, Any]) -> dict[str, bytes]:
     }
     # Nine digits are what it takes to tell any two float32 values apart.
     rows = ("\t".join(f"{float(value):.9g}" for value in row) for row in alpha)
-    tensors = {"alpha": alpha, "raw_alpha": fields["raw_alpha"]}
+    tensors = {name: fields[name] for name in ARRAYS}
     return {
         TENSORS: save({k: np.ascontiguousarray(v) for k, v in tensors.items() if v is not None}),
         TSV: ("\n".join(rows) + "\n").encode(),
@@ -134,7 +135,8 @@ def _read_own(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
         _integer(config, "num_hidden_layers", path, minimum=1),
         _integer(config, "num_key_value_heads", path, minimum=1),
     )
-    alpha, raw_alpha = _read_tensors(folder / TENSORS)
+    tensors = _read_tensors(folder / TENSORS)
+    alpha = tensors["alpha"]
     table = _read_tsv(folder / TSV)
     for file, values in ((TENSORS, alpha), (TSV, table)):
         if values.shape != shape:
@@ -154,8 +156,7 @@ def _read_own(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
             f"{path}: gated_layers disagrees with the alphas in {TENSORS}; copy the folder whole"
         )
     return {
-        "alpha": alpha,
-        "raw_alpha": raw_alpha,
+        **tensors,
         "sink": _integer(config, "sink_size", path, minimum=0),
         "recent": _integer(config, "recent_size", path, minimum=1),
         "base_model": _optional(config, "base_model_name_or_path", path, str),
@@ -290,8 +291,8 @@ def _read_tsv(path: Path) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64)
 
 
-def _read_tensors(path: Path) -> tuple[Alpha, Alpha | None]:
-    """Alphas, and the raw gates that they were made of if the file has them."""
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """Alphas, and if the file has them the raw gates that they were made of and the model's fingerprint."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -304,13 +305,13 @@ def _read_tensors(path: Path) -> tuple[Alpha, Alpha | None]:
             f"{path}: expected a safetensors file, but it cannot be read ({_first_line(error)}); "
             f"it may be truncated, copy it again"
         ) from error
-    alpha, raw = tensors.get("alpha"), tensors.get("raw_alpha")
+    alpha = tensors.get("alpha")
     if alpha is None or alpha.ndim != 2 or alpha.dtype != np.float32:
         found = {name: f"{tensor.dtype} {tensor.shape}" for name, tensor in tensors.items()}
         raise ValueError(
             f"{path}: expected one float32 matrix 'alpha', found {found}; identify again"
         )
-    return alpha, raw
+    return {name: tensors.get(name) for name in ARRAYS}
 
 
 def _read_pickle(path: Path) -> NDArray[np.float64]:

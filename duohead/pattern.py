@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from duohead import files, formats
+from duohead.fingerprint import check, fingerprint, whole
 from duohead.selection import Heads, rank_heads, select_heads
 from duohead.shapes import LayerShape, layer_shapes, text_config
 
 if TYPE_CHECKING:
     from duohead.policy import HeadPolicy
-
-ARRAYS = ("alpha", "raw_alpha")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +41,9 @@ class HeadPattern:
         training: how alpha was made (JSON).
         raw_alpha: the gates as another tool trained them, for every layer and unclipped, shaped like ``alpha``; nothing
             is chosen by them. None for patterns of our own making.
+        fingerprint: float32 [layers, kv_heads, numbers], what the model's heads make of fixed tokens
+            (`duohead.fingerprint`), by which `validate` tells other weights of the same shape; None where it is not
+            known, as in patterns of other tools.
 
     Raises:
         ValueError: a field breaks these rules; the message names it.
@@ -58,9 +60,10 @@ class HeadPattern:
     selection: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     raw_alpha: NDArray[np.float32] | None = None
+    fingerprint: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        for name in ARRAYS:
+        for name in formats.ARRAYS:
             if getattr(self, name) is not None:
                 array = np.array(getattr(self, name), dtype=np.float32)
                 array.flags.writeable = False
@@ -80,6 +83,12 @@ class HeadPattern:
                 f"raw_alpha must hold a finite gate for every entry of alpha {alpha.shape}, got shape {raw.shape} with "
                 f"{int((~np.isfinite(raw)).sum())} that are not finite; leave it out if there is none"
             )
+        taken = self.fingerprint
+        if taken is not None and (taken.ndim != 3 or len(taken) != len(alpha)):
+            raise ValueError(
+                f"fingerprint must have shape (layers, kv_heads, numbers) with {len(alpha)} layers as alpha has, got "
+                f"{taken.shape}; leave it out if there is none"
+            )
 
     @classmethod
     def from_alpha(cls, alpha: Any, *, model: Any = None, **fields: Any) -> Self:
@@ -88,7 +97,8 @@ class HeadPattern:
         Args:
             alpha: (layers, kv_heads), an array, a tensor or nested lists; NaN means not gated.
             model: a transformers model or config that alpha belongs to: fills in ``base_model``, ``base_type``,
-                ``windows`` and ``kv_heads`` and is checked as by `validate`.
+                ``windows`` and ``kv_heads`` and is checked as by `validate`. A model with all its weights in this
+                process also gives the ``fingerprint``, which costs a forward of 16 tokens.
             fields: any other field of the class, such as ``sink`` and ``recent``.
         """
         if hasattr(alpha, "detach"):
@@ -105,7 +115,9 @@ class HeadPattern:
             "windows": tuple(shape.window for shape in shapes),
             "kv_heads": tuple(shape.num_kv_heads for shape in shapes),
         }
-        return cls(matrix, **{**known, **fields}).validate(model)
+        made = cls(matrix, **{**known, **fields}).validate(model)
+        unknown = made.fingerprint is None and whole(model)
+        return replace(made, fingerprint=fingerprint(model)) if unknown else made
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Self:
@@ -153,8 +165,13 @@ class HeadPattern:
     def validate(self, model_or_config: Any) -> Self:
         """Check that this pattern belongs to a transformers model or config, and return it.
 
+        If the pattern has a fingerprint and this process holds all the weights of a model, one forward of 16 tokens
+        also tells other weights of the same shape; casts, quantisation, adapters and fine-tuning pass. A config, a
+        model on the meta device or one that several processes share is held against its shape alone.
+
         Raises:
-            ValueError: layer count, KV head count, native windows or model type differ; the message says which.
+            ValueError: layer count, KV head count, native windows, model type or weights differ; the message says
+                which.
         """
         shapes = layer_shapes(model_or_config)
         if len(shapes) != len(self.alpha):
@@ -168,6 +185,8 @@ class HeadPattern:
             )
         self._validate_heads(shapes)
         self._validate_windows([shape.window for shape in shapes])
+        if self.fingerprint is not None and whole(model_or_config):
+            check(model_or_config, self.fingerprint, made_for=self.base_model or "an unnamed model")
         return self
 
     def policy(

@@ -1,6 +1,8 @@
 """Adapters: folders without weights that the Auto classes load, with the base model fetched from its own place."""
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,23 @@ def test_the_auto_class_gives_the_base_model_under_the_policy(adapter, base) -> 
     tokens = ids(1, 20)
     assert_close(model(tokens, use_cache=True).logits, expected_logits(plain, policy, tokens))
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
+def test_other_weights_of_the_same_shape_are_refused(adapter, base, tmp_path) -> None:
+    stranger = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in stranger.parameters():
+            weight.normal_(std=0.1)
+    stranger.save_pretrained(tmp_path / "stranger")
+    with pytest.raises(ValueError, match="use the pattern all the same with"):
+        AutoModelForCausalLM.from_pretrained(adapter, base_model=str(tmp_path / "stranger"))
+
+
+def test_an_export_from_before_there_were_fingerprints_is_written_over(adapter, heads) -> None:
+    pattern = HeadPattern.load(heads)
+    save.write(adapter, replace(pattern, fingerprint=None))
+    save.write(adapter, pattern)
+    assert HeadPattern.load(adapter).fingerprint is not None
 
 
 def test_a_plain_pattern_folder_loads_if_it_names_its_base(heads) -> None:
@@ -150,6 +169,12 @@ def test_settings_changed_in_the_config_hold(adapter) -> None:
     config.selection, config.recent_size = {"retrieval_ratio": 0.25}, 7
     found = policy_of(AutoModelForCausalLM.from_pretrained(adapter, config=config))
     assert (found.retrieval_ratio, found.recent) == (0.25, 7)
+
+
+def test_whole_numbers_may_be_written_as_floats(adapter) -> None:
+    edited(adapter, sink_size=3.0, recent_size=6.0)
+    found = policy_of(AutoModelForCausalLM.from_pretrained(adapter))
+    assert (found.sink, found.recent) == (3, 6)
 
 
 def test_the_plain_base_model_is_to_be_had(adapter) -> None:
@@ -298,6 +323,20 @@ def test_saving_refuses_what_would_be_lost(adapter, base, tmp_path: Path) -> Non
     assert torch.equal(whole.lm_head.weight, model.lm_head.weight)
     duohead.enable(model, HeadPattern.load(adapter).policy(retrieval_ratio=1.0))
     refused("the policy on this model is no longer its adapter's", model.save_pretrained, tmp_path / "x")  # fmt: skip
+
+
+def test_a_model_can_be_copied_and_once_the_policy_is_off_pickled(adapter, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(adapter)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight += 1  # none of the copy's business
+    twin.save_pretrained(tmp_path / "heads")
+    assert policy_of(AutoModelForCausalLM.from_pretrained(tmp_path / "heads")) == policy_of(twin)
+    duohead.disable(model)
+    again = pickle.loads(pickle.dumps(model))
+    again.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(whole.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_folder_with_anything_else_in_it_is_not_written_to(adapter, heads, tmp_path) -> None:

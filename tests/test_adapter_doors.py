@@ -1,13 +1,15 @@
 """How transformers finds an adapter: after `import duohead`, in either order, or through the folder's remote code."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from duohead import HeadPattern, pocket
+from duohead import DuoheadConfig, DuoheadForCausalLM, HeadPattern, pocket
 from duohead.adapter import save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,18 +36,63 @@ start = time.perf_counter()
 import duohead
 print(time.perf_counter() - start)
 assert "transformers" not in sys.modules and "torch" not in sys.modules
-assert duohead._AutoModules.find_spec("json") is None
 {AUTO}
 config = AutoConfig.from_pretrained({str(pocket.pattern("pocket"))!r})
 assert type(config) is duohead.DuoheadConfig
 assert AutoModelForCausalLM._model_mapping[type(config)] is duohead.DuoheadForCausalLM
 assert type(config) in TOKENIZER_MAPPING
 assert "duohead.models" not in sys.modules  # nothing is opened before somebody asks
-from importlib.util import find_spec
-assert find_spec("transformers.models.auto.modeling_auto").origin.endswith("modeling_auto.py")
-assert find_spec("transformers.models.auto.nothing") is None
+from transformers.models.auto import configuration_auto
+assert configuration_auto.__loader__ is configuration_auto.__spec__.loader
+assert type(configuration_auto.__loader__).__name__ == "SourceFileLoader"
 """)
     assert float(said) < 0.5
+
+
+def test_the_import_hook_bears_reloads_other_hooks_and_threads() -> None:
+    run("""
+import importlib, threading
+
+class Greedy:
+    # Asks everybody, whoever is asking it.
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.startswith("transformers.models.auto"):
+            others = (item for item in sys.meta_path if item is not cls)
+            return next((s for s in (i.find_spec(name, path, target) for i in others) if s), None)
+
+sys.meta_path.insert(0, Greedy)
+import duohead
+importlib.reload(duohead)
+del sys.modules["duohead"]
+sys.setswitchinterval(1e-5)
+failed = []
+
+def load(name):
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        failed.append(error)
+
+import transformers  # which is not safe to import in threads by itself
+names = ("duohead", "duohead.adapter.auto", "transformers.models.auto.configuration_auto")
+threads = [threading.Thread(target=load, args=(name,)) for name in names * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(60)
+assert not failed and not any(thread.is_alive() for thread in threads), failed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+assert "duohead" in CONFIG_MAPPING
+""")
+
+
+def test_a_config_that_no_auto_class_has_read_is_known_to_them_as_well(monkeypatch) -> None:
+    config = DuoheadConfig.from_pretrained(pocket.pattern("pocket"))
+    known = AutoModelForCausalLM._model_mapping._extra_content
+    monkeypatch.delitem(known, DuoheadConfig)  # as in another process
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+    assert known[DuoheadConfig] is DuoheadForCausalLM
 
 
 def test_remote_code_takes_the_installed_package_after_which_no_flag_is_needed(

@@ -1,7 +1,9 @@
 """`duohead export`: an adapter from a pattern, its card, and what is refused."""
 
+import errno
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 from tiny_adapters import base_and_pattern, laguna_folder, laguna_model
 from transformers import AutoModelForCausalLM
 
-from duohead import HeadPattern, record
+from duohead import HeadPattern, HeadPolicy, record
 from duohead.adapter.load import open_adapter
 from duohead.cli import main
 from duohead.cli.export import FLAGS
+from duohead.cli.export_card import card
+from duohead.evaluate.needle import policy_facts
 from duohead.models import policy_of
 
 
@@ -27,6 +31,10 @@ def export(*words: Any) -> int:
 
 def records(path: Path, base: Path, pattern: HeadPattern, *, ratio: float = 0.5) -> None:
     """Three rows as `duohead evaluate` writes them: full attention, these heads, and other heads."""
+
+    def facts(used: HeadPolicy | None) -> dict[str, Any]:
+        return {key: value for key, value in policy_facts(used).items() if key != "policy"}
+
     policy = pattern.policy(retrieval_ratio=ratio)
     model = AutoModelForCausalLM.from_pretrained(base).config
     ours = policy.bind(model, dtype="float32").digest()
@@ -43,9 +51,7 @@ def records(path: Path, base: Path, pattern: HeadPattern, *, ratio: float = 0.5)
                 "task": "passkeys",
                 "task_version": 1,
                 "length": 64 if digest != "0" * 12 else 65,
-                "retrieval_ratio": 1.0 if impl == "full" else ratio,
-                "sink": None if impl == "full" else pattern.sink,
-                "recent": None if impl == "full" else pattern.recent,
+                **facts(None if impl == "full" else policy),
             },
         )  # fmt: skip
 
@@ -105,6 +111,7 @@ def test_the_card_computes_its_bytes_and_tells_how_the_heads_were_found(made, tm
     assert "Nothing yet: there were no records" in text
     assert "trust_remote_code=True" in text and "![Alphas of all heads](heads.png)" in text
     assert not re.search(r"\bNone\b|nan", text)
+    assert "\n\n\n" not in text and text.endswith("|\n")
     front = text.split("---\n")[1]
     assert "library_name: transformers\n" in front and str(base) not in front
 
@@ -181,6 +188,14 @@ def test_a_pinned_commit_of_a_hub_base_stands_in_the_config(made, tmp_path, monk
     assert "base_model: org/model\nbase_model_relation: adapter\n" in front
 
 
+def test_only_a_base_on_the_hub_is_named_to_the_hub(made) -> None:
+    adapter = open_adapter(made[1])
+    for base, named in (("gpt2", True), ("/tmp", False), ("pocket", False)):
+        elsewhere = replace(adapter, pattern=replace(adapter.pattern, base_model=base))
+        text = card(elsewhere, "a", picture=None, entries=())
+        assert (f"base_model: {base}\n" in text) is named
+
+
 def test_a_laguna_adapter_becomes_one_of_ours(tmp_path) -> None:
     config = laguna_model().config
     config.save_pretrained(tmp_path / "base")
@@ -221,6 +236,19 @@ def test_mistakes_end_in_one_line_and_write_nothing(
     assert said.count("\n") == 1
     assert re.search(message, said), said
     assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_is_told_with_the_folder_and_nothing_stays(
+    made, tmp_path, monkeypatch, capsys
+) -> None:
+    def full(path: Path) -> None:
+        if path.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("duohead.files._sync", full)
+    assert export(made[1], "--out", tmp_path / "a") == 2
+    assert f"{tmp_path / 'a'}: No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_card_that_somebody_wrote_is_not_replaced(made, tmp_path, capsys) -> None:

@@ -2,14 +2,15 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from duohead import pocket
-from duohead.fingerprint import ALIKE, check, fingerprint, likeness
+from duohead import HeadPattern, enable, pocket
+from duohead.fingerprint import ALIKE, check, fingerprint, likeness, whole
 from duohead.shapes import layer_shapes
 
 
@@ -60,7 +61,7 @@ def test_a_cast_leaves_it(model, known, dtype):
     ("change", "least"), [(rounded(8), 0.999), (rounded(4), 0.98), (tuned(0.1), 0.98)]
 )
 def test_quantised_or_mildly_tuned_weights_are_the_same_model(model, known, change, least):
-    assert least < check(changed(model, change), known) <= 1 + 1e-6
+    assert least < check(changed(model, change), known, made_for="pocket") <= 1 + 1e-6
 
 
 def test_a_new_adapter_changes_nothing(model, known):
@@ -75,7 +76,8 @@ def test_other_weights_of_the_same_shape_are_refused(model, known):
     other = type(model)(model.config).eval()
     assert abs(likeness(fingerprint(other), known)) < 0.4 < ALIKE
     rule = (
-        r"made for \(org/base\), got a likeness of -?0\.\d\d where 0\.5 is needed.*load that model"
+        r"made for \(org/base\), got a likeness of -?0\.\d\d where 0\.5 is needed.*load that model.*"
+        r"replace\(pattern, fingerprint=None\)"
     )
     with pytest.raises(ValueError, match=rule):
         check(other, known, made_for="org/base")
@@ -88,7 +90,7 @@ def test_heads_in_other_places_are_another_model(model, known):
         weight = layer.self_attn.k_proj.weight.data
         layer.self_attn.k_proj.weight.data = weight.unflatten(0, (-1, dim)).flip(0).flatten(0, 1)
     with pytest.raises(ValueError, match="other places of the heads"):
-        check(other, known)
+        check(other, known, made_for="pocket")
 
 
 def test_tokens_added_to_the_vocabulary_change_nothing(model, known):
@@ -134,3 +136,82 @@ def test_a_process_with_a_part_of_the_heads_is_refused(monkeypatch):
     monkeypatch.setattr(model.config, "num_key_value_heads", 2 * model.config.num_key_value_heads)
     with pytest.raises(ValueError, match=r"layer 0 must leave the keys of \d+ KV heads in a cache"):
         fingerprint(model)
+
+
+# --- in patterns
+
+
+@pytest.fixture(scope="module")
+def pattern(model):
+    return HeadPattern.from_alpha(torch.rand(6, 4), model=model, sink=4, recent=8)
+
+
+def test_a_pattern_of_a_model_has_its_fingerprint_and_keeps_it_in_files(pattern, known, tmp_path):
+    assert np.array_equal(pattern.fingerprint, known, equal_nan=True)
+    assert not pattern.fingerprint.flags.writeable
+    pattern.save(tmp_path)
+    again = HeadPattern.load(tmp_path)
+    assert again == pattern
+    assert replace(again, fingerprint=None) != pattern
+
+
+def test_a_pattern_of_a_config_or_of_shared_weights_has_none(model):
+    alpha = torch.rand(6, 4)
+    assert HeadPattern.from_alpha(alpha, model=model.config).fingerprint is None
+    with torch.device("meta"):
+        absent = type(model)(model.config)
+    assert HeadPattern.from_alpha(alpha, model=absent).fingerprint is None
+
+
+def test_validate_tells_other_weights_of_the_same_shape(model, pattern):
+    torch.manual_seed(0)
+    other = type(model)(model.config).eval()
+    with pytest.raises(ValueError, match="got a likeness of"):
+        pattern.validate(other)
+    replace(pattern, fingerprint=None).validate(other)
+    pattern.validate(other.config)
+    assert pattern.validate(model) is pattern
+    assert pattern.validate(changed(model, tuned(0.5))) is pattern
+
+
+def test_a_model_under_a_policy_has_the_fingerprint_that_it_has_without(model, pattern):
+    other = copy.deepcopy(model)
+    enable(other, pattern.policy(retrieval_ratio=0.5))
+    assert likeness(fingerprint(other), pattern.fingerprint) > 0.95
+    pattern.validate(other)
+
+
+def test_layers_left_to_their_native_attention_do_not_matter(model, pattern):
+    pattern.ungate([0, 3]).validate(model)
+
+
+@pytest.mark.parametrize("name", pocket.NAMES)
+def test_the_bundled_patterns_are_of_the_bundled_models(name):
+    try:
+        model = pocket.load(name)[0]
+    except ValueError as error:
+        pytest.skip(f"no bundled model: {error}")
+    bundled = HeadPattern.load(pocket.pattern(name))
+    assert likeness(fingerprint(model), bundled.fingerprint) > 0.999
+
+
+def test_fingerprints_of_other_layers_are_refused():
+    rule = r"fingerprint must have shape \(layers, kv_heads, numbers\) with 2 layers .* got \(3, 4, 4\)"
+    with pytest.raises(ValueError, match=rule):
+        HeadPattern([[0.1, 0.9]] * 2, fingerprint=np.zeros((3, 4, 4)))
+
+
+def test_only_all_weights_in_one_process_are_a_whole_model(model):
+    assert whole(model)
+    assert not whole(model.config)
+    with torch.device("meta"):
+        assert not whole(torch.nn.Linear(2, 2))
+    alone = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=alone, rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import distribute_module, init_device_mesh
+
+        shared = distribute_module(torch.nn.Linear(2, 2), init_device_mesh("cpu", (1,)))
+        assert not whole(shared)
+    finally:
+        torch.distributed.destroy_process_group()

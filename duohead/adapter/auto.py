@@ -1,16 +1,15 @@
 """What transformers' Auto classes know of our folders: a config that reads them, and doors to base model and tokenizer.
 
-The package registers these when transformers' own Auto modules are imported (see `duohead`), so this module loads in
-the middle of that and must stay light: what it opens is imported when somebody asks for it. A folder's remote code
-names the same classes, so there is one implementation, the installed one.
+The package registers the config as soon as transformers' AutoConfig is imported (see `duohead`), so this module loads
+in the middle of that and must stay light; the config registers the doors, since no Auto class opens one without a
+config. A folder's remote code names the same classes, so there is one implementation, the installed one.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from duohead.formats import MODEL_TYPE
 
@@ -22,6 +21,14 @@ class DuoheadConfig(PreTrainedConfig):
     """The config.json of a pattern folder; its keys are attributes. The model's own config is that of the base."""
 
     model_type = MODEL_TYPE
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """As in Python. Also a copied or unpickled config, which no Auto class has read, makes itself known."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        AutoModelForCausalLM.register(DuoheadConfig, DuoheadForCausalLM, exist_ok=True)
+        AutoTokenizer.register(DuoheadConfig, DuoheadTokenizer, exist_ok=True)
+        return super().__new__(cls)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -75,12 +82,8 @@ class DuoheadTokenizer:
         return load_tokenizer(pretrained_model_name_or_path, *inputs, **options)
 
 
-def register(module: str) -> None:
-    """Add our classes to the Auto class of one of transformers' modules, which has just been loaded."""
-    loaded: Any = sys.modules[module]
-    if module.endswith("configuration_auto"):
-        loaded.AutoConfig.register(MODEL_TYPE, DuoheadConfig, exist_ok=True)
-    elif module.endswith("modeling_auto"):
-        loaded.AutoModelForCausalLM.register(DuoheadConfig, DuoheadForCausalLM, exist_ok=True)
-    else:
-        loaded.AutoTokenizer.register(DuoheadConfig, DuoheadTokenizer, exist_ok=True)
+def register() -> None:
+    """Tell AutoConfig of our folders; whoever reads one then has a config that tells the other Auto classes."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(MODEL_TYPE, DuoheadConfig, exist_ok=True)

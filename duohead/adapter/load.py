@@ -107,6 +107,8 @@ def load_model(
         raise _not_found(adapter.name, *found, error) from error
     if duohead:
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        # The config was checked before any weights were read; these may be others of the same shape.
+        pattern.validate(model)
         bound = enable(model, adapter.policy, impl=impl)
         keep(model, pattern, bound)
     return loaded
@@ -210,10 +212,12 @@ def _configured(pattern: HeadPattern, config: Any) -> HeadPattern:
     """The pattern with what the caller may have changed in the folder's config since it was read."""
     if config is None or getattr(config, "model_type", None) != formats.MODEL_TYPE:
         return pattern
+    sink, recent = getattr(config, "sink_size", None), getattr(config, "recent_size", None)
     return replace(
         pattern,
-        sink=getattr(config, "sink_size", pattern.sink),
-        recent=getattr(config, "recent_size", pattern.recent),
+        # Equal is not the same: a file may say 128.0, which reading it has put right.
+        sink=pattern.sink if sink in (None, pattern.sink) else sink,
+        recent=pattern.recent if recent in (None, pattern.recent) else recent,
         base_model=getattr(config, "base_model_name_or_path", None),
         base_revision=getattr(config, "base_model_revision", None),
         selection={

@@ -114,10 +114,16 @@ def write(
 
     Raises:
         ValueError: see `check_target`.
+        OSError: the place cannot be written to, or is full; nothing has changed there.
     """
     made = {**contents(pattern), **(more or {})}
     check_target(folder, pattern, made)
-    files.write_folder(folder, made)
+    try:
+        files.write_folder(folder, made)
+    except OSError as error:
+        if error.filename is None:  # as of a full disk, which then nobody could tell
+            error.filename = os.fspath(folder)
+        raise
     return list(made)
 
 
@@ -158,7 +164,11 @@ def check_target(
 
 def _same_heads(one: HeadPattern, other: HeadPattern) -> bool:
     def plain(pattern: HeadPattern) -> HeadPattern:
-        return replace(pattern, selection={}, base_model=None, base_revision=None, training={})
+        # Not its fingerprint either: folders from before there was one hold the same heads.
+        known: dict[str, Any] = dict(
+            base_model=None, base_revision=None, training={}, fingerprint=None
+        )
+        return replace(pattern, selection={}, **known)
 
     return plain(one) == plain(other)
 
@@ -172,10 +182,10 @@ def keep(model: Any, pattern: HeadPattern, policy: HeadPolicy) -> None:
         policy: the bound policy.
     """
     vars(model)[KEPT] = _Kept(pattern, policy, _marks(model))
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    model.save_pretrained = types.MethodType(save_pretrained, model)
 
 
-def _save_pretrained(
+def save_pretrained(  # pickle looks a method up on the model by its function's name
     self: Any,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,

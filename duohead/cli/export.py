@@ -14,7 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duohead.cli.common import STORAGE_FLAGS, add_storage_flags, storage_fields
+from duohead.cli.common import (
+    STORAGE_FLAGS,
+    WINDOW_FLAGS,
+    add_storage_flags,
+    add_window_flags,
+    storage_fields,
+)
 
 if TYPE_CHECKING:
     from duohead.adapter.load import Adapter
@@ -29,9 +35,7 @@ FLAGS = (
     "--kv-budget",
     "--threshold",
     "--tokens",
-    "--sink",
-    "--recent",
-    "--prefill-recent",
+    *WINDOW_FLAGS,
     *STORAGE_FLAGS,
     "--results",
 )
@@ -71,21 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
     )
     add("--tokens", type=int, metavar="N", help="length at which --kv-budget counts (32768)")
-    add(
-        "--sink", type=int, metavar="N", help="first tokens kept by streaming heads (pattern's own)"
-    )
-    add(
-        "--recent",
-        type=int,
-        metavar="N",
-        help="last tokens kept by streaming heads (pattern's own)",
-    )
-    add(
-        "--prefill-recent",
-        type=int,
-        metavar="N",
-        help="last tokens seen by streaming heads during prefill (as --recent)",
-    )
+    add_window_flags(parser)
     add_storage_flags(parser)
     add(
         "--results",
@@ -205,7 +195,7 @@ def _picture(adapter: Adapter, notes: list[str]) -> bytes | None:
     """The heat map as a PNG; None, and a word about it, without matplotlib: the card then has it in letters."""
     from importlib.util import find_spec
 
-    from duohead.cli.inspect import draw
+    from duohead.cli.inspect_map import draw
 
     if find_spec("matplotlib") is None:
         notes.append(

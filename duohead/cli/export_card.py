@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duohead.formats import PRECISIONS
@@ -67,7 +68,7 @@ def _head(adapter: Adapter, name: str) -> str:
 
     base, revision = adapter.pattern.base_model, adapter.pattern.base_revision
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if str(base).count("/") == 1 and base not in pocket.NAMES:
+    if base not in pocket.NAMES and not Path(str(base)).is_dir():
         front += [f"base_model: {base}", "base_model_relation: adapter"]
     front += ["tags:", "- duohead", "- duo-attention", "- kv-cache"]
     policy, pattern = adapter.policy, adapter.pattern
@@ -106,15 +107,15 @@ def _storage(name: str) -> str:
 
 
 def _heads(adapter: Adapter, picture: str | None) -> str:
-    from duohead.cli.inspect import heat_map
+    from duohead.cli.inspect_map import heat_map
 
     text = (
         "One row a layer, one column a KV head; alpha near 1 means that a head needs the whole text"
     )
     if picture is not None:
-        return f"\n## Heads\n\n![Alphas of all heads]({picture})\n\n{text}. Framed heads keep every token.\n"
+        return f"## Heads\n\n![Alphas of all heads]({picture})\n\n{text}. Framed heads keep every token.\n"
     drawn = "\n".join(heat_map(adapter.pattern, adapter.policy, stream=io.StringIO()))
-    return f"\n## Heads\n\n```\n{drawn}\n```\n\n{text}.\n"
+    return f"## Heads\n\n```\n{drawn}\n```\n\n{text}.\n"
 
 
 def _bytes(adapter: Adapter) -> str:
@@ -149,8 +150,8 @@ def _measured(adapter: Adapter, entries: Sequence[Entry]) -> str:
     for score in scored(entries):
         charts[score.chart].append(score)
     if not charts:
-        return "\n## Measured\n\nNothing yet: there were no records of an evaluation.\n"
-    parts = ["\n## Measured\n"]
+        return "## Measured\n\nNothing yet: there were no records of an evaluation.\n"
+    parts = ["## Measured\n"]
     for (op, model, task, metric), scores in charts.items():
         rows = [
             (
@@ -184,8 +185,13 @@ def of_these_heads(adapter: Adapter, entry: Entry) -> bool:
         return True
     names = ("retrieval_ratio", *WINDOW, *PRECISIONS, "evict")
     given = {name: entry.shape[name] for name in names if entry.shape.get(name) is not None}
+    readings = [given]
+    if given.get("prefill_recent") == given.get("recent"):
+        # Records say what held in prompts also where nothing was asked for, which gives a policy of another name.
+        readings.append({**given, "prefill_recent": None})
     try:
-        return _is_policy(entry, adapter.pattern.policy(**given), adapter)
+        policies = [adapter.pattern.policy(**reading) for reading in readings]
+        return any(_is_policy(entry, policy, adapter) for policy in policies)
     except ValueError:  # settings that give no policy are not these heads'
         return False
 
@@ -201,7 +207,7 @@ def _found(adapter: Adapter) -> str:
     training = dict(adapter.pattern.training)
     cost = training.pop("cost", None)
     plain = {k: v for k, v in training.items() if isinstance(v, str | int | float)}
-    text = "\n## How the heads were found\n\n"
+    text = "## How the heads were found\n\n"
     if adapter.pattern.raw_alpha is not None:
         text += (
             "By another tool, whose gates of all layers are kept as `raw_alpha` in `duohead.safetensors`; here, layers "

@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAMES = ("pocket", "pocket-mha", "pocket-laguna")
@@ -38,12 +37,14 @@ def pattern(name: str) -> Path:
 
 
 def load(
-    name: str, *, dtype: torch.dtype = torch.float32
+    name: str, *, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The bundled model `name`, in evaluation mode on the CPU, and its tokenizer."""
+    """The bundled model `name`, in evaluation mode on the CPU in ``dtype`` (float32), and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = folder(name)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype or "float32", local_files_only=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model.eval(), tokenizer
