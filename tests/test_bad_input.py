@@ -66,8 +66,8 @@ def test_a_wrong_command_line(refused, arguments, message) -> None:
         (["--threshold", "2"], "threshold must lie in [0, 1], got 2"),
         (["--recent", "0"], "recent must be an integer >= 1"),
         (["--sink", "-1"], "sink must be an integer >= 0"),
-        (["--tokens", "0"], "--tokens must be >= 1, got 0"),
-        (["--head-dim", "-8"], "--head-dim must be >= 1, got -8"),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--head-dim", "-8"], "--head-dim must be at least 1, got -8"),
         (["--png", "heads.jpg"], "--png must name a .png file, got heads.jpg"),
     ],
 )

@@ -19,6 +19,7 @@ from duohead.bench.fitting import (
     gib,
     tokens_within,
 )
+from duohead.bench.footprint_cases import Kept
 from duohead.bench.jobs import Job
 from duohead.bench.model import ModelBench
 from duohead.bench.models import build, config, estimated_weight_bytes
@@ -221,6 +222,16 @@ def test_inspect_says_what_fits_for_a_shape(capsys) -> None:
     ]  # fmt: skip
     assert main([*command.split(), *stored, "--retrieval-ratio", "0"]) == 0
     assert "0.0%       any number" in capsys.readouterr().out
+
+
+def test_inspect_spreads_heads_over_the_layers_without_a_window(capsys) -> None:
+    command = "inspect --capacity --model laguna-xs.2 --memory 80 --chunk 1 --retrieval-ratio 0.4"
+    assert main(command.split()) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    made = config("laguna-xs.2")
+    policy = Kept(0.4).policy(made, torch.bfloat16)
+    found = estimate(made, policy, memory_bytes=80 * GIB, weights="bf16", chunk=1)
+    assert row.split()[:2] == ["40.0%", f"{found.tokens:,}"]
 
 
 def test_inspect_says_what_fits_for_a_pattern(tmp_path: Path, capsys) -> None:

@@ -233,6 +233,15 @@ def test_a_record_names_the_kernels_that_attend(tokens: int, impl: str, names: s
     assert kernels_of(cache, heads=heads, tokens=tokens, impl=impl) == names
 
 
+def test_streaming_heads_that_keep_every_token_are_called_streaming() -> None:
+    made = build("tiny", device=CPU, dtype=torch.float32)
+    cache = DuoCache(replace(TINY.policy(), evict=False), made, max_length=200)
+    cache.allocate(1, dtype=torch.float32, device=CPU)
+    fill(cache, 150)
+    found = kernels_of(cache, heads=made.config.num_attention_heads, tokens=20, impl="reference")
+    assert found == "retrieval reference, streaming reference"
+
+
 def test_jobs_that_allow_it_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     right = model_bench.runner

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from duohead import __version__
+from duohead.bench.models import any_config
 from duohead.cli import VERBS, build_parser, main
-from duohead.cli.inspect import heat_map
+from duohead.cli.common import load_pattern
+from duohead.cli.inspect_map import heat_map
 from duohead.pattern import HeadPattern
 
 # Every flag that there is. A new one is a decision: it goes here and into the FLAGS of its module.
@@ -27,14 +29,16 @@ PERMITTED = {
     "patience-ratios patience-slack wording chat sequence-parallel shard save-every seed target",
     "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png capacity model weights memory "
     "chunk retrieval-dtype streaming-dtype window-dtype keep-all",
-    "evaluate": "model pattern retrieval-ratio sink recent prefill-recent windows random-draws dtype device tasks "
-    "grid lengths depths samples text chunk batch speed-tokens json png seed "  # needle
-    "model pattern retrieval-ratio sink recent prefill-recent windows random-draws dtype device lengths "
-    "samples bins text chunk json png seed "  # prose
+    "evaluate": "model pattern retrieval-ratio sink recent prefill-recent windows random-draws retrieval-dtype "
+    "streaming-dtype window-dtype keep-all dtype device tasks grid "
+    "lengths depths samples text chunk batch speed-tokens json png seed "  # needle
+    "model pattern retrieval-ratio sink recent prefill-recent windows random-draws retrieval-dtype "
+    "streaming-dtype window-dtype keep-all dtype device lengths samples bins text chunk json png seed "  # prose
     "model scorers set seeds retrieval-ratio sink recent tasks lengths depths samples text haystack chunk "
     "batch out workers dtype device json png seed "  # compare
-    "model pattern retrieval-ratio sink recent prefill-recent methods random-draws tasks num-fewshot limit batch-size "
-    "max-length chunk include-path metadata gen-kwargs apply-chat-template fewshot-as-multiturn "
+    "model pattern retrieval-ratio sink recent prefill-recent retrieval-dtype streaming-dtype window-dtype keep-all "
+    "methods random-draws tasks num-fewshot limit batch-size max-length "
+    "chunk include-path metadata gen-kwargs apply-chat-template fewshot-as-multiturn "
     "no-fewshot-as-multiturn system-instruction confirm-run-unsafe-code dtype device revision json seed",  # lm-eval
     "generate": "policy retrieval-ratio kv-budget threshold sink recent prefill-recent retrieval-dtype streaming-dtype "
     "window-dtype keep-all prompt-file max-new-tokens chunk engine max-length temperature top-p seed dtype device",
@@ -194,6 +198,29 @@ def test_inspect_takes_any_selector(folder: str, capsys, selector: list[str]) ->
     out = capsys.readouterr().out
     assert "sink 0, recent 32): " in out
     assert ("selected" in out) == bool(selector)
+
+
+def test_inspect_counts_with_the_heads_of_the_model_where_it_is_known(capsys) -> None:
+    assert main(["inspect", "pocket-laguna", "--tokens", "4096"]) == 0
+    out = capsys.readouterr().out
+    policy = load_pattern("pocket-laguna").policy(retrieval_ratio=0.5)
+    bound = policy.bind(any_config("pocket-laguna"), dtype="bfloat16")
+    half = next(line.split() for line in out.splitlines() if line.strip().startswith("0.5 "))
+    assert half[2:5] == [
+        f"{bound.kv_bytes(4096) / 2**20:.1f}", "MiB",
+        f"{bound.kv_bytes(4096) / bound.dense_kv_bytes(4096):.1%}",
+    ]  # fmt: skip
+    assert "(head size 64, 16 bit" in out
+    assert "assumed" not in out
+
+
+def test_inspect_says_which_head_size_it_assumes(folder: str, capsys) -> None:
+    assert main(["inspect", folder]) == 0
+    out = capsys.readouterr().out
+    assert "(head size 128, assumed, 16 bit" in out
+    assert out.rstrip().endswith("the model's config is not here; give it with --head-dim")
+    assert main(["inspect", folder, "--head-dim", "128"]) == 0
+    assert "assumed" not in capsys.readouterr().out
 
 
 class Stream(io.StringIO):

@@ -118,6 +118,16 @@ def test_the_demo_command_writes_report_and_figures(tmp_path, monkeypatch, capsy
     assert printed.rstrip().endswith(str(out))
 
 
+@pytest.mark.parametrize(
+    "verb",
+    ["demo", "generate", "identify", "evaluate needle", "evaluate prose", "evaluate compare", "evaluate lm-eval"],
+)  # fmt: skip
+def test_help_names_every_bundled_model(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    assert ", ".join(pocket.NAMES) in " ".join(capsys.readouterr().out.split())
+
+
 def test_evaluate_needle_writes_table_records_and_picture(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     records, picture = tmp_path / "needle.jsonl", tmp_path / "needle.png"

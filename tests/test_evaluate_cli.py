@@ -116,6 +116,45 @@ def test_prose_writes_table_records_and_picture(folder, tmp_path, capsys):
     assert capsys.readouterr().out.count("identified heads, 50 %") == 2
 
 
+STORED = "retrieval=fp8,streaming=fp8/int4,keep-all"
+
+
+def test_needles_of_stored_heads_say_so_in_names_records_and_table(folder, tmp_path, capsys):
+    path = tmp_path / "needle.jsonl"
+    asked = {"tasks": "number", "lengths": "512", "depths": 1, "samples": 1, "speed_tokens": 0}
+    stored = {"retrieval_dtype": "fp8", "streaming_dtype": "fp8/int4", "random_draws": 1}
+    made = [*command(folder, "needle", json=path, **asked, **stored), "--keep-all"]
+    assert main(made) == 0
+    full, *others = NeedleResult.read(path).rows
+    assert [row.method for row in (full, *others)] == [
+        "full", f"duo:{STORED}_50", f"random:{STORED}_50_0", f"streaming:{STORED}",
+    ]  # fmt: skip
+    assert (full.evict, full.streaming_dtype) == (None, None)
+    for row in others:
+        assert (row.retrieval_dtype, row.streaming_dtype, row.window_dtype) == (
+            "fp8", "fp8/int4", "auto",
+        )  # fmt: skip
+        assert (row.evict, row.sink, row.recent, row.prefill_recent) == (False, None, None, None)
+    sizes = [row.kv_bytes for row in (full, *others)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 3 * sizes[1]
+    assert f"identified heads, 50 %, {STORED.replace(',', ', ')}" in capsys.readouterr().out
+
+
+def test_prose_of_stored_heads_says_so(folder, tmp_path, capsys):
+    path = tmp_path / "prose.jsonl"
+    asked = {"lengths": "200", "samples": 2, "bins": 4, "json": path, "streaming_dtype": "int8"}
+    assert main(command(folder, "prose", **asked)) == 0
+    row = ProseResult.read(path).row("duo:streaming=int8_50", 200)
+    assert (row.evict, row.sink, row.streaming_dtype) == (True, 4, "int8")
+    assert "streaming heads only, streaming=int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["needle", "prose"])
+def test_windows_mean_nothing_where_every_token_is_kept(folder, capsys, kind):
+    assert main([*command(folder, kind, windows="20+1", sink=4), "--keep-all"]) == 2
+    assert "--sink, --windows: of no use with --keep-all" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["64", "64+", "a+b", "+4", "4-5"])
 def test_a_window_is_two_numbers(text):
     import argparse

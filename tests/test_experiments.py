@@ -74,6 +74,16 @@ def test_a_comparison_is_condensed_to_one_record_for_each_scorer_seed_share_and_
         "identify_seconds": 2.0,
         "needle": 75.0,
         "number": 50.0,
+        "by_depth": {"needle": {"0.0": 100.0, "1.0": 0.0}, "number": {"0.0": 50.0}},
     }
     assert made[0]["shape"]["task_versions"] == {"needle": 1, "number": 1}
     assert "depth" not in made[0]["shape"]
+
+
+def test_a_scorer_with_other_options_is_another_way_and_what_two_files_share_counts_once() -> None:
+    entries = [
+        entry("needle", 0.0, 1.0, 4, options="{}"),
+        entry("needle", 0.0, 0.5, 4, options='{"tokens": 400}'),
+        entry("needle", 0.0, 0.0, 4, options="{}"),
+    ]
+    assert [e["numbers"]["needle"] for e in condense.condensed(entries)] == [100, 50]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from duohead.record import read_records
-from tools import finding_figures, precision_tables
+from tools import finding_compare, finding_figures, finding_tables, precision_tables
 from tools.finding_records import by_model, models, of, scores, tuned_name
 
 needs_matplotlib = pytest.mark.skipif(
@@ -108,6 +108,46 @@ def test_the_table_of_precision_has_a_row_for_each_way_and_marks_the_front() -> 
     assert precision_tables.precision("other")(records) == precision_tables.NOTHING
 
 
+def test_scores_over_fewer_answers_are_marked_and_the_note_says_of_how_many() -> None:
+    records = [*stored("int8", 0.25, 300), *stored("int4", 0.5, 200, samples=15)]
+    made = precision_tables.precision("pocket")(records)
+    assert "| **int8** | 300 | 300 | 90.0 |" in made
+    assert "| **int4** | 200 | 200 | 90.0\\* |" in made
+    assert made.endswith(" \\*: 15 answers of a task, not 50.\n")
+
+
+def test_int8_is_shown_by_length_and_pairs_of_formats_by_bytes_at_the_longest() -> None:
+    records = [
+        *stored("bf16", 0.0, 1000, ratio=1.0),
+        *stored("int8", 0.01, 500, ratio=1.0),
+        *stored("int8", 0.25, 300),
+        *stored("fp8", 0.5, 290, streaming="int4"),
+        *stored("int4", 0.5, 200, evict=False),
+    ]
+    assert precision_tables.lengths(records).splitlines()[2:4] == [
+        "| pocket, all heads alike | 0.0100 | 0.0100 |",
+        "| pocket, 50 %, others evict | 0.2500 | 0.2500 |",
+    ]
+    assert precision_tables.pairs(records).splitlines()[2:4] == [
+        "| pocket, 50 %, others evict | 30.0 %, 0.2500 | 29.0 %, 0.5000 |  |",
+        "",
+    ]
+
+
+def test_variants_of_streaming_heads_that_lack_a_length_are_left_out() -> None:
+    def variant(name: str, length: int) -> dict:
+        numbers = {"slots": 12864, "mean": 91.92, "loss": 0.0285}
+        return entry("extras", numbers, variant=name, heads=3, ratio=0.125, length=length)
+
+    records = [variant("plain", 2048), variant("plain", 8192), variant("entry", 2048)]
+    lines = finding_tables.extras(records).splitlines()
+    assert lines[0].startswith("|  | slots, 2K | exact, 2K | loss, 2K | slots, 8K |")
+    assert lines[2:4] == [
+        "| pocket, 3 heads: plain | 12,864 | 91.9 | 0.0285 | 12,864 | 91.9 | 0.0285 |",
+        "",
+    ]
+
+
 def test_a_rotation_is_compared_with_the_same_storage_without_it() -> None:
     records = [
         *stored("int4", 0.5, 200),
@@ -118,6 +158,84 @@ def test_a_rotation_is_compared_with_the_same_storage_without_it() -> None:
     assert lines[2].startswith("| pocket, 50 %, others evict, int4, hadamard | 0.5000 | 0.2500 |")
     assert "-50 %" in lines[2]
     assert len(lines) == 5
+
+
+def test_ways_measured_since_leave_the_table_of_those_that_remain() -> None:
+    first = [
+        *stored("int8", 0.25, 300),
+        *stored("int4", 0.5, 200),
+        *stored("int4", 0.5, 200, ratio=0.25),
+    ]
+    lines = precision_tables.remaining(first, stored("int4", 0.4, 200)).splitlines()
+    assert lines[2:4] == [
+        "| pocket, 50 %, others evict | int8 | 300 | 0.2500 |",
+        "| pocket, 25 %, others evict | int4 | 200 | 0.5000 |",
+    ]
+    assert precision_tables.remaining(first, first) == "Every way has been measured there.\n"
+
+
+def compared(
+    scorer: str, share: float, needle: list[float], number: list[float], **shape: object
+) -> dict:
+    """What is left of a comparison at one length: two tasks, and the scores at each depth."""
+    by_depth = {
+        task: {str(depth): right for depth, right in enumerate(rights)}
+        for task, rights in (("needle", needle), ("number", number))
+    }
+    costs = {"identify_seconds": 2.0, "identify_forward_tokens": 3e6, "identify_backward_tokens": 0}
+    made = entry(
+        "x",
+        {"by_depth": by_depth, **costs},
+        scorer=scorer,
+        seed=0,
+        retrieval_ratio=share,
+        length=2048,
+    )
+    made["shape"] |= shape
+    return made | {"op": finding_compare.SUMMARY}
+
+
+def test_a_difference_stands_with_the_standard_error_that_the_cells_of_each_task_give() -> None:
+    records = [
+        compared("full", 1.0, [100, 100], [100, 100]),
+        compared("optimise", 0.125, [100, 60], [100, 100]),
+        compared("optimise", 0.125, [100, 80], [100, 100], options='{"target": 0.04}'),
+        compared("eliminate", 0.125, [100, 80], [100, 100], seed=0),
+        compared("eliminate", 0.125, [100, 100], [100, 100], seed=1),
+    ]
+    lines = finding_compare.close(records).splitlines()
+    # Needles differ by 0 and 40: a mean of 20 with an error of 20, half of it in the mean of two tasks.
+    assert lines[2] == "| optimise | 90.0 (-10.0 ± 10.0) | 2 s | 3.0 M | 0 |"
+    assert lines[3].startswith("| optimise, target 0.04 | 95.0 (-5.0 ± 5.0) |")
+    assert lines[4].startswith("| eliminate | 97.5 (-2.5 ± 2.5) |")
+    assert lines[5].startswith("| *full attention* | 100.0 |")
+    assert "| eliminate less optimise | +7.5 ± 7.5 |" in finding_compare.rivals(records)
+    tasks = finding_compare.close_tasks(records).splitlines()
+    assert tasks[2] == "| needle | 100.0 | 80.0 | 90.0 | 95.0 | -5.0 ± 5.0 |"
+    assert tasks[3].endswith("| 100.0 | 0.0 ± 0.0 |")
+
+
+def test_a_step_that_was_not_measured_leaves_its_cell_empty_and_its_run_out() -> None:
+    def step(length: int, seconds: float, **shape: object) -> dict:
+        numbers = {"step_seconds": seconds, "floor_seconds": 1.0, "peak_bytes": 2**30}
+        return entry("x", numbers, kernels="fastest", length=length, **shape) | {
+            "op": "identify.step"
+        }
+
+    def run(**shape: object) -> dict:
+        return entry("x", {"run_hours": 1.5}, kernels="fastest", **shape) | {"op": "identify.run"}
+
+    two, shared = {"processes": 2, "shard": "no"}, {"processes": 2, "shard": "yes"}
+    records = [
+        step(4096, 1, **two),
+        step(8192, 2, **two),
+        run(**two),
+        step(8192, 3, **shared),
+        run(**shared),
+    ]
+    lines = finding_tables.identify_steps(records).splitlines()
+    assert lines[2] == "| fastest, 2 GPUs | 1.00 s, 1 GiB | 2.00 s, 1 GiB | 2.00 × | 1.50 h |"
+    assert lines[3] == "| fastest, 2 GPUs, weights sharded |  | 3.00 s, 1 GiB | 3.00 × |  |"
 
 
 @needs_matplotlib

@@ -93,6 +93,7 @@ def test_methods_stand_side_by_side_with_bytes_versions_and_windows(
     assert last["shape"]["retrieval_ratio"] == 0.5
     assert (last["shape"]["sink"], last["shape"]["recent"]) == (SINK, RECENT)
     assert last["shape"]["prefill_recent"] == RECENT
+    assert (last["shape"]["streaming_dtype"], last["shape"]["evict"]) == ("auto", True)
     assert last["shape"]["limit"] == 4
     assert last["policy"] == text.policy is not None
     assert last["versions"]["lm_eval"]
@@ -163,6 +164,18 @@ def test_a_longer_window_for_prompts_reaches_the_policy() -> None:
     words = ["lm-eval", "--model", "m", "--pattern", "p", "--tasks", "t", "--prefill-recent", "64"]
     policies = cli._policies(parser.parse_args(words), tiny_evaluation.pattern())
     assert policies["duo_50"].prefill_recent == 64 > policies["duo_50"].recent
+
+
+def test_storage_reaches_the_policy_and_the_name_of_the_method() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser.add_subparsers())
+    words = ["lm-eval", "--model", "m", "--pattern", "p", "--tasks", "t", "--window-dtype", "fp8"]
+    words += ["--streaming-dtype", "int4", "--keep-all"]
+    policies = cli._policies(parser.parse_args(words), tiny_evaluation.pattern())
+    policy = policies["duo:streaming=int4,window=fp8,keep-all_50"]
+    assert (policy.streaming_dtype, policy.window_dtype, policy.evict) == ("int4", "fp8", False)
+    with pytest.raises(ValueError, match="--recent: of no use with --keep-all"):
+        cli._policies(parser.parse_args([*words, "--recent", "9"]), tiny_evaluation.pattern())
 
 
 def test_a_chat_template_is_applied(model, tokenizer, folder, monkeypatch) -> None:

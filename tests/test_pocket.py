@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from duohead import pocket
+from duohead import HeadPattern, pocket
 from duohead.identify.haystack import default_text, tokens
 from duohead.identify.passkeys import passkey_sample
+from duohead.shapes import layer_shapes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for tools/
@@ -36,6 +37,21 @@ def test_a_bundled_model_takes_eight_megabytes_at_most_and_its_folder_little_mor
 ) -> None:
     assert (pocket.folder(name) / "model.safetensors").stat().st_size <= 8_000_000
     assert sum(file.stat().st_size for file in pocket.folder(name).iterdir()) <= 8_300_000
+
+
+def test_all_bundled_weights_take_24_megabytes_at_most() -> None:
+    weights = Path(pocket.__file__).parent.glob("*/model.safetensors")
+    assert sum(file.stat().st_size for file in weights) <= 24_000_000
+
+
+def test_the_pattern_beside_a_bundled_model_gates_its_global_layers(name: str) -> None:
+    from transformers import AutoConfig
+
+    shapes = layer_shapes(AutoConfig.from_pretrained(pocket.folder(name)))
+    pattern = HeadPattern.load(pocket.pattern(name))
+    assert pattern.base_model == name
+    assert pattern.gated.all(axis=1).tolist() == [shape.gated for shape in shapes]
+    assert pattern.gated.any(axis=1).tolist() == [shape.gated for shape in shapes]
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,14 @@ def test_only_heads_of_global_layers_are_gated_and_a_policy_runs(exported: Any) 
             ours = exported(ids).logits
     torch.testing.assert_close(ours[:, :20], plain[:, :20], atol=1e-4, rtol=1e-4)
     assert (ours[:, -1] - plain[:, -1]).abs().max() > 1e-3
+
+
+def test_the_four_heads_that_the_bundled_laguna_needs_most_are_those_of_its_middle_global_layer() -> (
+    None
+):
+    from duohead import HeadPattern, pocket
+
+    alpha = HeadPattern.load(pocket.pattern("pocket-laguna")).alpha
+    best = sorted(((a, layer) for layer, row in enumerate(alpha) for a in row if a == a))[-4:]
+    assert [layer for _, layer in best] == [4, 4, 4, 4]
+    assert best[0][0] > 0.9

@@ -15,6 +15,7 @@ from tiny_identification import OPTIONS as TRAINING
 from tiny_identification import TEXT, tokenizer
 from tiny_planted import RETRIEVAL, order, planted, random_tokens
 
+from duohead.fingerprint import TOKENS
 from duohead.identify import scorers
 from duohead.identify.checkpoint import CHECKPOINT, fingerprint
 from duohead.identify.scorers import NAMES, alphas, load, score
@@ -155,8 +156,9 @@ def test_tokens_and_passes_are_counted_forward_and_backward() -> None:
     prompt = len(tokenizer()("\n\nRepeat the previous context:\n\n")["input_ids"])
     assert (kvzip["forward_passes"], kvzip["forward_tokens"]) == (1, 2 * 400 + prompt)
     trained = run("optimise", model, options=options("optimise", steps=3)).training["cost"]
-    assert (trained["forward_passes"], trained["backward_passes"]) == (6, 3)
-    assert trained["forward_tokens"] == 2 * trained["backward_tokens"]
+    # The last pass is that of the fingerprint.
+    assert (trained["forward_passes"], trained["backward_passes"]) == (6 + 1, 3)
+    assert trained["forward_tokens"] == 2 * trained["backward_tokens"] + len(TOKENS)
     assert run("random", model).training["cost"]["forward_tokens"] == 0
 
 
@@ -296,3 +298,13 @@ def test_scores_of_the_wrong_shape_or_that_overflowed_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             scorers._check(model, "test", raw)
+
+
+@pytest.mark.parametrize("name", ["optimise", "echo"])
+def test_a_model_split_by_tensor_parallelism_is_refused_before_any_work(name: str) -> None:
+    model = tiny("llama")
+    model._tp_size = 2
+    with pytest.raises(
+        ValueError, match="is split over 2 by tensor parallelism; load it without tp_plan"
+    ):
+        score(name, model, tokenizer(), TEXT, progress=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI, COLOURS = 150, 64
+DPI, COLOURS = 110, 64
 T = TypeVar("T")
 EXACT = "exact match, %"
 # For each row and series one value per seed.

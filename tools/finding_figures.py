@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from duohead.evaluate.methods import share_name
 from duohead.evaluate.plots import require_matplotlib
@@ -236,7 +236,7 @@ def precision(records: Records) -> Figure | None:
     if not found:
         return None
     names = list(dict.fromkeys(row.model for row in found))
-    figure, panels = panels_of(names, rows=2, height=3.1, width=5.2)
+    figure, panels = panels_of(names, rows=2, height=2.9, width=5.2 if len(names) < 3 else 4.0)
     kinds = list(dict.fromkeys(row.family for row in found if row.retrieval))
     for model in names:
         own = [row for row in found if row.model == model]
@@ -247,30 +247,34 @@ def precision(records: Records) -> Figure | None:
 
 
 def _trade(top: Axes, below: Axes, own: Sequence[Row], kinds: Sequence[str]) -> None:
-    """One model's divergence (top) and exact match (below) over bytes; the line is the front, its points are named."""
+    """One model's divergence (top) and exact match (below) over bytes; the line is the front, its points are named.
+
+    Hollow points of exact match rest on fewer answers than the others.
+    """
     at = min(row.longest for row in own)
     stored = [row for row in own if row.retrieval]
     whole = next((row for row in own if row.retrieval is None), None)
     base = max(row.per_token[at] for row in stored)
     size = {id(row): 100 * row.per_token[at] / base for row in own}
+    most = max(row.answers for row in own)
     for number, kind in enumerate(kinds):
         mine = [row for row in stored if row.family == kind]
-        x = [size[id(row)] for row in mine]
-        for axes, y in (
-            (top, [row.kl[at] for row in mine]),
-            (below, [mean(row.exact.values()) for row in mine]),
+        style: dict[str, Any] = {"marker": "o", "ms": 4, "ls": "", "color": f"C{number}"}
+        top.plot([size[id(row)] for row in mine], [row.kl[at] for row in mine], label=kind, **style)
+        for fill, some in (
+            (None, [row for row in mine if row.answers == most]),
+            ("none", [row for row in mine if row.answers < most]),
         ):
-            axes.plot(x, y, "o", ms=4, label=kind, color=f"C{number}")
+            y = [mean(row.exact.values()) for row in some]
+            below.plot([size[id(row)] for row in some], y, mfc=fill, **style)
     best = front(stored, at=at)
     top.plot([size[id(r)] for r in best], [r.kl[at] for r in best], color="0.6", lw=0.8, zorder=0)
-    for number, row in enumerate(best):
-        place = (size[id(row)], row.kl[at])
-        # Below the front there is nothing; neighbours take turns in height.
-        beside = (-5, -3 if number % 2 else -14)
+    for row in best:
+        # Below the front, and to the left, there is nothing.
         top.annotate(
             row.storage,
-            place,
-            xytext=beside,
+            (size[id(row)], row.kl[at]),
+            xytext=(-4, -12),
             textcoords="offset points",
             fontsize="x-small",
             ha="right",
@@ -278,12 +282,12 @@ def _trade(top: Axes, below: Axes, own: Sequence[Row], kinds: Sequence[str]) -> 
     if whole:
         below.axhline(mean(whole.exact.values()), color="0.4", ls=":", label="model as it is")
     lowest = min(mean(row.exact.values()) for row in own)
-    below.set(title="", ylim=(min(lowest - 1, 94), 101))
+    below.set(title="", ylim=(min(lowest - 1, 96), 100.5))
     below.set_xlabel(f"cache bytes at {short_count(at)} tokens, % of all heads in bf16")
     marks = [
         mark
         for mark in (5, 10, 20, 30, 50, 100)
-        if mark > 0.6 * min(size[id(row)] for row in stored)
+        if mark > 0.45 * min(size[id(row)] for row in stored)
     ]
     top.set_yscale("log")
     top.margins(y=0.12)
@@ -291,7 +295,7 @@ def _trade(top: Axes, below: Axes, own: Sequence[Row], kinds: Sequence[str]) -> 
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks(marks, [str(mark) for mark in marks])
-        axes.set_xlim(0.6 * min(size[id(row)] for row in stored), 120)
+        axes.set_xlim(0.45 * min(size[id(row)] for row in stored), 120)
         axes.grid(visible=True, alpha=0.25)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Records = Sequence[dict[str, Any]]
-MODELS = ("pocket", "pocket-mha")
+MODELS = ("pocket", "pocket-mha", "pocket-laguna")
 TASKS = ("passkeys", "needle", "number", "keyvalue")
 # How much was spent on a measurement, which a later one may do differently.
 _EFFORT = ("steps", "samples", "lengths")

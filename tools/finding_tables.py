@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from duohead.evaluate.methods import share_name
+from duohead.evaluate.svg import short_count
 from tools.finding_records import (
     Records,
     by_model,
@@ -22,67 +23,6 @@ from tools.finding_records import (
     values,
 )
 from tools.speed_tables import NOTHING, machine_line, table
-
-SUMMARY = "evaluate.compare.summary"
-OURS = ("optimise", "eliminate", "kvzip", "echo")
-
-
-def compare(records: Records) -> str:
-    """A line per scorer: mean over all tasks and lengths at each share of heads, and what it cost."""
-    ranked = [e for e in records if e["op"] == SUMMARY and e["shape"]["scorer"] != "full"]
-    if not ranked:
-        return NOTHING
-    shares = sorted({e["shape"]["retrieval_ratio"] for e in ranked}, reverse=True)
-    rows = []
-    for scorer in dict.fromkeys(e["shape"]["scorer"] for e in ranked):
-        own = [e for e in ranked if e["shape"]["scorer"] == scorer]
-        cells = [
-            _range(
-                [
-                    mean(_all_tasks(e) for e in own if is_of(e, retrieval_ratio=share, seed=seed))
-                    for seed in sorted({e["shape"]["seed"] for e in own})
-                ]
-            )
-            for share in shares
-        ]
-        cost = [
-            mean(e["numbers"][f"identify_{name}"] for e in own)
-            for name in ("seconds", "forward_tokens", "backward_tokens")
-        ]
-        rows.append([scorer, *cells, f"{cost[0]:.0f} s", _count(cost[1]), _count(cost[2])])
-    full = [e for e in records if e["op"] == SUMMARY and e["shape"]["scorer"] == "full"]
-    rows.append(
-        ["*full attention*", *[f"{mean(map(_all_tasks, full)):.1f}"] * len(shares), *[""] * 3]
-    )
-    head = [
-        "scorer",
-        *(f"{share_name(share)} %" for share in shares),
-        "time",
-        "forward",
-        "backward",
-    ]
-    return table(head, rows) + _line(ranked)
-
-
-def compare_tasks(records: Records) -> str:
-    """Every task at an eighth of the heads: full attention, the paper's gates, ours, and two without training."""
-    chosen = [e for e in records if e["op"] == SUMMARY]
-    if not chosen:
-        return NOTHING
-    full = [e for e in chosen if e["shape"]["scorer"] == "full"]
-    eighth = [e for e in chosen if is_of(e, retrieval_ratio=0.125)]
-    rows = [
-        [
-            task,
-            f"{mean(e['numbers'][task] for e in full):.1f}",
-            *(
-                f"{mean(e['numbers'][task] for e in eighth if is_of(e, scorer=name)):.1f}"
-                for name in OURS
-            ),
-        ]
-        for task in full[0]["shape"]["task_versions"]
-    ]
-    return table(["task", "full", *OURS], rows) + _line(chosen)
 
 
 def varied(
@@ -99,7 +39,7 @@ def varied(
             [
                 str(value),
                 *(
-                    _range(scores(own, model=m, ratio=r, **{name: value}))
+                    spread(scores(own, model=m, ratio=r, **{name: value}))
                     for m in found
                     for r in ratios
                 ),
@@ -107,7 +47,7 @@ def varied(
             for value in values(own, name)
         ]
         columns = [f"{model}, {share_name(r)} %" for model in found for r in ratios]
-        return table([head or name, *columns], rows) + _line(own)
+        return table([head or name, *columns], rows) + line_of(own)
 
     return make
 
@@ -123,7 +63,7 @@ def windows(records: Records) -> str:
         [
             trained,
             *(
-                _range(scores(own, model=m, trained=trained, deployed=d))
+                spread(scores(own, model=m, trained=trained, deployed=d))
                 for m in found
                 for d in names
             ),
@@ -131,7 +71,7 @@ def windows(records: Records) -> str:
         for trained in names
     ]
     head = ["trained with", *(f"{model}, {name}" for model in found for name in names)]
-    return table(head, rows) + _line(own)
+    return table(head, rows) + line_of(own)
 
 
 def agreement(records: Records) -> str:
@@ -150,7 +90,7 @@ def agreement(records: Records) -> str:
                 correlation, shared = numbers["rank_correlation"], numbers["overlap_0.25"]
                 cells.append(f"{correlation:.2f}, {100 * shared:.0f} %")
             rows.append([f"{model}, {first}", *cells])
-    return table(["identified on", *names], rows) + _line(own)
+    return table(["identified on", *names], rows) + line_of(own)
 
 
 def tuning(records: Records) -> str:
@@ -168,25 +108,27 @@ def tuning(records: Records) -> str:
                 f"{numbers['rank_correlation']:.2f}",
                 f"{100 * numbers['overlap_0.25']:.0f} %",
                 f"{found['full']:.0f}",
-                *(f"{found[f'old {r}']:.0f}, {found[f'new {r}']:.0f}" for r in (0.5, 0.25)),
+                *(f"{found[f'old {r}']:.0f}, {found[f'new {r}']:.0f}" for r in (0.5, 0.25, 0.125)),
             ]
         )
     head = [
         "model, tuned on", "rank correlation", "best quarter shared", "full",
-        "50 %: old, new pattern", "25 %: old, new pattern",
+        "50 %: old, new pattern", "25 %: old, new pattern", "12.5 %: old, new pattern",
     ]  # fmt: skip
-    return table(head, rows) + _line(own)
+    return table(head, rows) + line_of(own)
 
 
 def errors(records: Records) -> str:
-    """Exact match and first tokens, by depth, and the one head whose promotion gives back most."""
+    """Exact match and first tokens, by depth, and the one head whose promotion gives back most (or that several do)."""
     own = by_model(of(records, "errors"), "ratio")
     if not own:
         return NOTHING
     rows = []
     for entry in own:
         shape, numbers = entry["shape"], entry["numbers"]
-        head, best = max(numbers["best_promoted"].items(), key=lambda item: item[1])
+        best = max(numbers["best_promoted"].values())
+        heads = [head for head, right in numbers["best_promoted"].items() if right == best]
+        named = f"layer {heads[0].replace('.', ', head ')}" if len(heads) == 1 else "several do"
         rows.append(
             [
                 f"{shape['model']}, {shape['task']}, {share_name(shape['ratio'])} %",
@@ -194,13 +136,11 @@ def errors(records: Records) -> str:
                 f"{numbers['duo']:.0f}",
                 f"{numbers['duo_first_token']:.0f}",
                 ", ".join(f"{score:.0f}" for score in numbers["by_depth"].values()),
-                f"{best:.0f} (layer {head.replace('.', ', head ')})"
-                if best > numbers["duo"]
-                else "",
+                f"{best:.0f} ({named})" if best > numbers["duo"] else "",
             ]
         )
     head_line = ["", "full", "duo", "first tokens", "duo by depth", "with one head more"]
-    return table(head_line, rows) + _line(own)
+    return table(head_line, rows) + line_of(own)
 
 
 def lengths(records: Records) -> str:
@@ -213,32 +153,66 @@ def lengths(records: Records) -> str:
     rows = [
         [
             f"{model}, {method if method == 'full' else share_name(float(method)) + ' %'}",
-            *(_range(scores(own, model=model, method=method, length=n)) for n in found),
+            *(spread(scores(own, model=model, method=method, length=n)) for n in found),
         ]
         for model in models(own)
         for method in methods
     ]
-    return table(["", *(f"{n:,}" for n in found)], rows) + _line(own)
+    return table(["", *(f"{n:,}" for n in found)], rows) + line_of(own)
+
+
+def extras(records: Records) -> str:
+    """What streaming heads may be more than sinks and a window; variants scored at every length, and what they take."""
+    own = of(records, "extras")
+    if not own:
+        return NOTHING
+    found = sorted(values(own, "length"))
+    cases: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
+    for entry in own:
+        shape = entry["shape"]
+        case = (shape["model"], shape["heads"], shape["variant"])
+        cases.setdefault(case, {})[shape["length"]] = entry["numbers"]
+    rows = [
+        [
+            f"{model}, {heads} heads: {variant}",
+            *(
+                cell
+                for n in found
+                for cell in (
+                    f"{numbers[n]['slots']:,}",
+                    f"{numbers[n]['mean']:.1f}",
+                    f"{numbers[n]['loss']:.4f}",
+                )
+            ),
+        ]
+        for (model, heads, variant), numbers in cases.items()
+        if len(numbers) == len(found)
+    ]
+    columns = [f"{name}, {short_count(n)}" for n in found for name in ("slots", "exact", "loss")]
+    return table(["", *columns], rows) + line_of(own)
 
 
 def identify_steps(records: Records) -> str:
-    """A step of gate training at each length, and the projected run."""
+    """A step of gate training at each length, and the run projected from all of them; a row for each way to run it."""
     own = [e for e in records if e["op"] == "identify.step"]
-    runs = {e["shape"]["kernels"]: e["numbers"] for e in records if e["op"] == "identify.run"}
+    runs = {_run(e): e["numbers"] for e in records if e["op"] == "identify.run"}
     if not own:
         return NOTHING
     found = sorted({e["shape"]["length"] for e in own})
     rows = []
-    for kernels in dict.fromkeys(e["shape"]["kernels"] for e in own):
-        steps = [
-            next(e["numbers"] for e in own if is_of(e, kernels=kernels, length=n)) for n in found
-        ]
+    for run in dict.fromkeys(map(_run, own)):
+        steps = {e["shape"]["length"]: e["numbers"] for e in own if _run(e) == run}
+        cells = (steps.get(n) for n in found)
+        longest = steps[max(steps)]
         rows.append(
             [
-                kernels,
-                *(f"{n['step_seconds']:.2f} s, {n['peak_bytes'] / 2**30:.0f} GiB" for n in steps),
-                f"{steps[-1]['step_seconds'] / steps[-1]['floor_seconds']:.2f} ×",
-                f"{runs[kernels]['run_hours']:.2f} h",
+                run,
+                *(
+                    f"{n['step_seconds']:.2f} s, {n['peak_bytes'] / 2**30:.0f} GiB" if n else ""
+                    for n in cells
+                ),
+                f"{longest['step_seconds'] / longest['floor_seconds']:.2f} ×",
+                f"{runs[run]['run_hours']:.2f} h" if len(steps) == len(found) else "",
             ]
         )
     head = [
@@ -247,7 +221,15 @@ def identify_steps(records: Records) -> str:
         "of the floor, longest",
         "2000 steps",
     ]
-    return table(head, rows) + _line(own)
+    return table(head, rows) + line_of(own)
+
+
+def _run(entry: Mapping[str, Any]) -> str:
+    """Kernels, and how processes share a sample where there are several; the first records name neither."""
+    shape = entry["shape"]
+    processes = shape.get("processes", 1)
+    shared = f", {processes} GPUs" if processes > 1 else ""
+    return shape["kernels"] + shared + (", weights sharded" if shape.get("shard") == "yes" else "")
 
 
 def identify_saved(records: Records) -> str:
@@ -268,27 +250,26 @@ def identify_saved(records: Records) -> str:
         for e in own
     ]
     head = ["", "steps", *(f"{share_name(float(r))} %: shared, exact match" for r in ratios)]
-    return table(head, rows) + _line(own)
+    return table(head, rows) + line_of(own)
 
 
-def _all_tasks(entry: Mapping[str, Any]) -> float:
-    return mean(entry["numbers"][task] for task in entry["shape"]["task_versions"])
-
-
-def _range(seeds: Sequence[float]) -> str:
+def spread(seeds: Sequence[float]) -> str:
+    """Their mean, with the range where it is a point or more."""
     if not seeds:
         return ""
     middle = f"{mean(seeds):.1f}"
-    spread = f"{min(seeds):.0f} – {max(seeds):.0f}"
-    return middle if max(seeds) - min(seeds) < 1 else f"{middle} ({spread})"
+    among = f"{min(seeds):.0f} – {max(seeds):.0f}"
+    return middle if max(seeds) - min(seeds) < 1 else f"{middle} ({among})"
 
 
-def _count(tokens: float) -> str:
+def count(tokens: float) -> str:
+    """A number of tokens, in millions or thousands."""
     if tokens >= 1e6:
         return f"{tokens / 1e6:.1f} M"
     return f"{tokens / 1e3:.0f} K" if tokens else "0"
 
 
-def _line(records: Records) -> str:
+def line_of(records: Records) -> str:
+    """Where and with what the records were made, each place once."""
     places = dict.fromkeys(machine_line(entry) for entry in records)
     return f"\n{' And: '.join(places)}\n"

@@ -17,7 +17,14 @@ sys.path.insert(0, str(ROOT))
 from duohead.evaluate.results import NeedleResult  # noqa: E402
 from duohead.files import write_text  # noqa: E402
 from duohead.record import read_records  # noqa: E402
-from tools import finding_tables, footprint_tables, precision_tables, speed_tables  # noqa: E402
+from tools import (  # noqa: E402
+    finding_compare,
+    finding_tables,
+    footprint_tables,
+    laguna_tables,
+    precision_tables,
+    speed_tables,
+)
 from tools.speed_tables import NOTHING, machine_line, table  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -87,14 +94,22 @@ def prefill(path: Path) -> str:
     return table(head, rows) + f"\n{machine_line(entries[max(entries)])}\n"
 
 
+def precision_left(path: Path) -> str:
+    """Ways to store heads that were measured on a CPU and not yet on the GPU."""
+    return precision_tables.remaining(read_records(path), read_records(RESULTS / "precision.jsonl"))
+
+
 # Name -> the file of records it is made from, and the function.
 SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "needles": ("needle-pocket.jsonl", needles),
     "prefill": ("prefill-cpu.jsonl", prefill),
+    **laguna_tables.SOURCES,
+    "precision_left": ("precision-cpu.jsonl", precision_left),
     **{
         name: (file, lambda path, make=make: make(read_records(path)))  # type: ignore[misc]
         for name, (file, make) in {
             "decode_kernels": ("kernels-h100.jsonl", speed_tables.decode_kernels),
+            "decode_pairs": ("kernels-h100.jsonl", speed_tables.decode_pairs),
             "streaming_kernels": ("kernels-h100.jsonl", speed_tables.streaming_kernels),
             "shapes": ("kernels-h100.jsonl", speed_tables.shapes),
             "model_decode": ("model-h100.jsonl", speed_tables.model_decode),
@@ -104,10 +119,15 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "capacity": ("capacity-h100.jsonl", speed_tables.capacity),
             "identify_steps": ("identify-h100.jsonl", finding_tables.identify_steps),
             "identify_saved": ("identify-steps-pocket.jsonl", finding_tables.identify_saved),
-            "compare_pocket": ("compare-pocket.jsonl", finding_tables.compare),
-            "compare_mha": ("compare-pocket-mha.jsonl", finding_tables.compare),
-            "eighth_pocket": ("compare-pocket.jsonl", finding_tables.compare_tasks),
-            "eighth_mha": ("compare-pocket-mha.jsonl", finding_tables.compare_tasks),
+            "identify_two": ("identify-2gpu-h200.jsonl", finding_tables.identify_steps),
+            "compare_pocket": ("compare-pocket.jsonl", finding_compare.compare),
+            "compare_mha": ("compare-pocket-mha.jsonl", finding_compare.compare),
+            "close_pocket": ("compare-close-pocket.jsonl", finding_compare.close),
+            "close_mha": ("compare-close-pocket-mha.jsonl", finding_compare.close),
+            "rivals_pocket": ("compare-close-pocket.jsonl", finding_compare.rivals),
+            "rivals_mha": ("compare-close-pocket-mha.jsonl", finding_compare.rivals),
+            "eighth_pocket": ("compare-close-pocket.jsonl", finding_compare.close_tasks),
+            "eighth_mha": ("compare-close-pocket-mha.jsonl", finding_compare.close_tasks),
             "sinks": ("findings.jsonl", finding_tables.varied("sinks", "window")),
             "windows": ("findings.jsonl", finding_tables.windows),
             "objectives": ("findings.jsonl", finding_tables.varied("objectives", "objective")),
@@ -117,11 +137,15 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "tuning": ("findings.jsonl", finding_tables.tuning),
             "errors": ("findings.jsonl", finding_tables.errors),
             "lengths": ("findings.jsonl", finding_tables.lengths),
+            "extras": ("findings.jsonl", finding_tables.extras),
             "precision_pocket": ("precision.jsonl", precision_tables.precision("pocket")),
             "precision_mha": ("precision.jsonl", precision_tables.precision("pocket-mha")),
+            "precision_laguna": ("precision.jsonl", precision_tables.precision("pocket-laguna")),
             "laguna_card": ("footprint-laguna.jsonl", footprint_tables.card),
             "laguna_longer": ("footprint-laguna.jsonl", footprint_tables.longer),
             "laguna_policies": ("footprint-laguna.jsonl", footprint_tables.policies),
+            "precision_lengths": ("precision.jsonl", precision_tables.lengths),
+            "precision_pairs": ("precision.jsonl", precision_tables.pairs),
             "rotation": ("precision.jsonl", precision_tables.rotation),
         }.items()
     },

@@ -41,15 +41,24 @@ MODELS = {
 
 def decode_kernels(records: Records) -> str:
     """Decode attention of one layer: the fastest full attention of others, then ours by storage and ratio."""
-    entries = newest(records, "decode")
-    if not entries:
-        return NOTHING
     columns = {
         "full, bf16": (1.0, "bf16"),
         "50 %, bf16": (0.5, "bf16"),
         "full, fp8": (1.0, "fp8"),
         "full, int4": (1.0, "int4"),
     }
+    return _decode(records, columns, rivals=True)
+
+
+def decode_pairs(records: Records) -> str:
+    """Decode attention of one layer, every head full, with keys and values in formats of their own."""
+    names = ("fp8", "fp8/int4", "int4/fp8", "int4")
+    return _decode(records, {name: (1.0, name) for name in names}, rivals=False)
+
+
+def _decode(records: Records, columns: Mapping[str, tuple[float, str]], *, rivals: bool) -> str:
+    """Decode times by length; a column is a share of retrieval heads and a storage. Without rivals, full rows."""
+    entries = newest(records, "decode")
     cells: dict[int, dict[str, dict[str, Any]]] = {}
     for entry in filter(_is_table_shape, entries):
         shape = entry["shape"]
@@ -62,12 +71,15 @@ def decode_kernels(records: Records) -> str:
     rows = [
         [
             short_count(length),
-            _fastest(found),
+            *([_fastest(found)] if rivals else []),
             *(_time(found.get(name), "decode", share=True) for name in columns),
         ]
         for length, found in sorted(cells.items())
+        if rivals or len(found) == len(columns)
     ]
-    head = ["tokens", "best full attention of others", *columns]
+    if not rows:
+        return NOTHING
+    head = ["tokens", *(["best full attention of others"] if rivals else []), *columns]
     return table(head, rows) + f"\n{machine_line(entries[-1])}\n"
 
 

@@ -64,7 +64,8 @@ def _of_layer(layer: DuoLayer, heads: int, tokens: int, impl: str) -> list[str]:
     if by_storage and can_append(layer, tokens):
         return [DECODE]
     views = DuoHandle(layer, keys, values).open(None)
-    kinds = ("retrieval" if view.retrieval else "streaming" for view in views)
+    # A view of streaming heads that evict nothing looks like one of retrieval heads.
+    kinds = [store.kind for store in layer.policy.stores(layer.index)]
     names = [kernel_name(query, view, impl) for view in views]
     if "tiled" in names:  # one view without a kernel, and all of them go that way
         return ["tiled"]

@@ -88,12 +88,11 @@ def time_of(entry: Record, name: str) -> float | str | None:
 
 
 def stored_as(shape: Mapping[str, Any]) -> str:
-    """Storage of a record's case in a few letters."""
-    names = dict.fromkeys(
-        name.replace("auto", "bf16")
-        for name in (shape.get("retrieval_dtype", "auto"), shape.get("streaming_dtype", "auto"))
-    )
-    return "/".join(names)
+    """Storage of a record's case in a few letters: of retrieval heads and, where others occur, "+ " that of those."""
+    ratio = shape.get("retrieval_ratio")
+    kinds = [kind for kind, left_out in (("retrieval", 0), ("streaming", 1)) if ratio != left_out]
+    names = (shape.get(f"{kind}_dtype", "auto").replace("auto", "bf16") for kind in kinds)
+    return " + ".join(dict.fromkeys(names))
 
 
 def _plain(shape: Mapping[str, Any]) -> bool:

@@ -107,7 +107,10 @@ class Job:
 
 
 def spread(ratio: float, layers: int, heads: int) -> list[list[int]]:
-    """Retrieval heads of every layer: as many as ``ratio`` asks for, evenly over layers and over the heads of each."""
+    """Retrieval heads of layers that are alike: as many as ``ratio`` asks for, evenly over them and within each.
+
+    Records name policies by digest, so the places stay; `models.even_heads` is for layers with native windows.
+    """
     total = round(ratio * layers * heads)
     found, given = [], 0
     for layer in range(layers):

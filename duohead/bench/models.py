@@ -86,8 +86,8 @@ def config(name: str) -> Any:
     return made
 
 
-def any_config(name: str) -> Any:
-    """The config of a preset, a bundled model, a folder or a hub id.
+def any_config(name: str, *, offline: bool = False) -> Any:
+    """The config of a preset, a bundled model, a folder or a hub id, of the last only what is here if ``offline``.
 
     Raises:
         ValueError: there is no such model.
@@ -99,7 +99,10 @@ def any_config(name: str) -> Any:
     from duohead.pocket import NAMES, folder
 
     try:
-        return AutoConfig.from_pretrained(str(folder(name)) if name in NAMES else name)
+        place = str(folder(name)) if name in NAMES else name
+        # Nobody is there to be asked about remote code.
+        trust = False if offline else None
+        return AutoConfig.from_pretrained(place, local_files_only=offline, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from duohead.pattern import HeadPattern
 
 MODEL_FLAGS = ("--dtype", "--device")
+WINDOW_FLAGS = ("--sink", "--recent", "--prefill-recent")
 STORAGE_FLAGS = ("--retrieval-dtype", "--streaming-dtype", "--window-dtype", "--keep-all")
 DEFAULT_TEXT = "CPython documentation"
 
@@ -83,6 +84,20 @@ def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
+def add_window_flags(parser: Any) -> None:
+    """Add WINDOW_FLAGS: which tokens streaming heads keep and see; None where they are not given."""
+    for flag, what in zip(
+        WINDOW_FLAGS,
+        (
+            "first tokens kept by streaming heads (pattern's own)",
+            "last tokens kept by streaming heads (pattern's own)",
+            "last tokens seen by streaming heads in a prompt (as --recent)",
+        ),
+        strict=True,
+    ):
+        parser.add_argument(flag, type=int, metavar="N", help=what)
+
+
 def add_storage_flags(parser: Any) -> None:
     """Add STORAGE_FLAGS: in which precision heads are stored, and whether streaming heads forget."""
     for kind, heads in (
@@ -107,10 +122,10 @@ def storage_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `HeadPolicy` that STORAGE_FLAGS stand for.
 
     Raises:
-        ValueError: --keep-all beside flags that say what streaming heads keep (None where they are not given).
+        ValueError: --keep-all beside flags that say what streaming heads keep (None or empty where they are not given).
     """
-    names = ("sink", "recent", "prefill_recent")
-    spare = [name for name in names if getattr(args, name, None) is not None]
+    names = ("sink", "recent", "prefill_recent", "windows")
+    spare = [name for name in names if getattr(args, name, None) not in (None, [])]
     if args.keep_all and spare:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in spare)
         raise ValueError(

@@ -12,6 +12,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
+from duohead import pocket
 from duohead.cli.common import add_sample_flags, needle_depths
 
 FLAGS = (
@@ -67,7 +68,8 @@ def _add_scorers(parser: argparse.ArgumentParser) -> None:
     from duohead.identify.scorers import NAMES
 
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="pocket, pocket-mha, a folder or a hub id")
+    models = f"{', '.join(pocket.NAMES)}, a folder or a hub id"
+    add("--model", required=True, metavar="MODEL", help=models)
     add(
         "--scorers",
         nargs="+",

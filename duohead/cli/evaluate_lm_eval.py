@@ -11,7 +11,15 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from duohead.cli.common import load_pattern
+from duohead.cli.common import (
+    STORAGE_FLAGS,
+    WINDOW_FLAGS,
+    add_storage_flags,
+    add_window_flags,
+    load_pattern,
+    storage_fields,
+)
+from duohead.pocket import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,9 +32,8 @@ FLAGS = (
     "--model",
     "--pattern",
     "--retrieval-ratio",
-    "--sink",
-    "--recent",
-    "--prefill-recent",
+    *WINDOW_FLAGS,
+    *STORAGE_FLAGS,
     "--methods",
     "--random-draws",
     "--tasks",
@@ -67,7 +74,8 @@ def add_arguments(kinds: Any) -> None:
 
 def _add_methods(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="pocket, pocket-mha, a folder or a hub id")
+    models = f"{', '.join(NAMES)}, a folder or a hub id"
+    add("--model", required=True, metavar="MODEL", help=models)
     add("--pattern", required=True, metavar="FOLDER", help="folder or hub id of its pattern")
     add(
         "--retrieval-ratio",
@@ -77,14 +85,8 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="shares of heads that keep all (0.5)",
     )
-    add("--sink", type=int, metavar="N", help="first tokens of streaming heads (pattern's own)")
-    add("--recent", type=int, metavar="N", help="last tokens of streaming heads (pattern's own)")
-    add(
-        "--prefill-recent",
-        type=int,
-        metavar="N",
-        help="last tokens seen by streaming heads in a prompt (as --recent)",
-    )
+    add_window_flags(parser)
+    add_storage_flags(parser)
     add(
         "--methods",
         nargs="+",
@@ -209,6 +211,7 @@ def _policies(args: argparse.Namespace, pattern: Any) -> dict[str, HeadPolicy | 
         sink=args.sink,
         recent=args.recent,
         prefill_recent=args.prefill_recent,
+        **storage_fields(args),
     )
     return {name: method.policy for name, method in methods.items() if method.kind in args.methods}
 

@@ -7,18 +7,25 @@ One command gives the table for a reader, the records for a machine and the pict
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from duohead.cli.common import (
     MODEL_FLAGS,
+    STORAGE_FLAGS,
+    WINDOW_FLAGS,
     add_model_flags,
     add_sample_flags,
+    add_storage_flags,
+    add_window_flags,
     at_least,
     load_pattern,
     needle_depths,
     read_haystack,
+    storage_fields,
     window,
 )
+from duohead.pocket import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,12 +41,12 @@ POLICY_FLAGS = (
     "--model",
     "--pattern",
     "--retrieval-ratio",
-    "--sink",
-    "--recent",
-    "--prefill-recent",
+    *WINDOW_FLAGS,
     "--windows",
     "--random-draws",
+    *STORAGE_FLAGS,
 )
+TITLE = 30  # letters in a line over a panel
 FLAGS = (
     *POLICY_FLAGS,
     *MODEL_FLAGS,
@@ -81,12 +88,13 @@ def add_arguments(kinds: Any) -> None:
 def add_policy_flags(parser: argparse.ArgumentParser, *, draws: int) -> None:
     """Add the flags that say which methods are compared (POLICY_FLAGS)."""
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="pocket, pocket-mha, a folder or a hub id")
+    models = f"{', '.join(NAMES)}, a folder or a hub id"
+    add("--model", required=True, metavar="MODEL", help=models)
     add(
         "--pattern",
         required=True,
         metavar="FOLDER",
-        help="folder or hub id of its pattern; pocket and pocket-mha name the bundled ones",
+        help="folder or hub id of its pattern; a bundled model names its own",
     )
     add(
         "--retrieval-ratio",
@@ -96,12 +104,7 @@ def add_policy_flags(parser: argparse.ArgumentParser, *, draws: int) -> None:
         metavar="R",
         help="shares of heads that keep all (0.5 0.25)",
     )
-    for flag, what in (
-        ("--sink", "first tokens kept by streaming heads (pattern's own)"),
-        ("--recent", "last tokens kept by streaming heads (pattern's own)"),
-        ("--prefill-recent", "last tokens seen by streaming heads in a prompt (as --recent)"),
-    ):
-        add(flag, type=int, metavar="N", help=what)
+    add_window_flags(parser)
     add(
         "--windows",
         type=window,
@@ -117,6 +120,7 @@ def add_policy_flags(parser: argparse.ArgumentParser, *, draws: int) -> None:
         metavar="N",
         help="random choices per ratio (%(default)s)",
     )
+    add_storage_flags(parser)
 
 
 def _add_samples(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +160,7 @@ def methods_of(args: argparse.Namespace, pattern: HeadPattern) -> Mapping[str, M
         recent=args.recent,
         prefill_recent=args.prefill_recent,
         windows=args.windows,
+        **storage_fields(args),
     )
 
 
@@ -178,7 +183,8 @@ def run(args: argparse.Namespace) -> int:
     if args.png is not None:
         from duohead.evaluate.plots import draw_needles
 
-        draw_needles(result, {name: label(method) for name, method in methods.items()}, args.png)
+        titles = {name: textwrap.fill(label(way), TITLE) for name, way in methods.items()}
+        draw_needles(result, titles, args.png)
     _print(tasks, methods, result)
     for path in (args.json, args.png):
         if path is not None:

@@ -13,20 +13,21 @@ from typing import Any
 
 from duohead.cli.common import (
     STORAGE_FLAGS,
+    WINDOW_FLAGS,
     add_model_flags,
     add_storage_flags,
+    add_window_flags,
     load_pattern,
     storage_fields,
 )
+from duohead.pocket import NAMES
 
 FLAGS = (
     "--policy",
     "--retrieval-ratio",
     "--kv-budget",
     "--threshold",
-    "--sink",
-    "--recent",
-    "--prefill-recent",
+    *WINDOW_FLAGS,
     *STORAGE_FLAGS,
     "--prompt-file",
     "--max-new-tokens",
@@ -44,7 +45,7 @@ FLAGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb (listed in FLAGS)."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="pocket, pocket-mha, a folder or a hub id")
+    add("model", metavar="MODEL", help=f"{', '.join(NAMES)}, a folder or a hub id")
     add(
         "--policy",
         required=True,
@@ -64,21 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     selector.add_argument(
         "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
     )
-    add(
-        "--sink", type=int, metavar="N", help="first tokens kept by streaming heads (pattern's own)"
-    )
-    add(
-        "--recent",
-        type=int,
-        metavar="N",
-        help="last tokens kept by streaming heads (pattern's own)",
-    )
-    add(
-        "--prefill-recent",
-        type=int,
-        metavar="N",
-        help="last tokens seen by streaming heads during prefill (as --recent)",
-    )
+    add_window_flags(parser)
     add_storage_flags(parser)
     add(
         "--prompt-file",

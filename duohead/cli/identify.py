@@ -229,7 +229,7 @@ def _add_option(group: Any, field: Field[Any]) -> None:
     default: Any = field.default
     if isinstance(default, bool):
         action = "store_false" if default else "store_true"
-        text = f"not so: {text}" if default else text
+        text = field.metadata["off"] if default else text
         group.add_argument(flag, dest=field.name, action=action, help=text)
         return
     more: dict[str, Any] = {"type": int if default is None else type(default), "metavar": "N"}

@@ -11,10 +11,19 @@ import argparse
 import functools
 import math
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
-from duohead.cli.common import STORAGE_FLAGS, add_storage_flags, load_pattern, storage_fields
+from duohead.cli.common import (
+    STORAGE_FLAGS,
+    add_storage_flags,
+    at_least,
+    load_pattern,
+    storage_fields,
+)
 from duohead.cli.given import Given, refuse
+from duohead.cli.inspect_map import check_png, draw, heat_map
 
 if TYPE_CHECKING:
     from duohead.pattern import HeadPattern
@@ -36,10 +45,8 @@ FLAGS = (
 )
 CAPACITY_RATIOS = (1.0, 0.5, 0.25)
 MOST_GIB = 1_000_000
+HEAD_DIM = 128  # of most models
 RATIOS = (1.0, 0.75, 0.5, 0.4, 0.25, 0.125, 0.0)
-SHADES, ASCII_SHADES = "·░▒▓█", ".-+*#"
-# Dark blue to yellow in the 256-colour palette, even to the eye and safe for colour-blind readers.
-COLOURS = (17, 18, 19, 24, 30, 36, 71, 107, 143, 185, 227)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-dim",
         action=Given,
         type=int,
-        default=128,
         metavar="D",
-        help="head size (%(default)s)",
+        help=f"head size (that of the pattern's model where its config is here, else {HEAD_DIM})",
     )
     parser.add_argument(
         "--png", action=Given, metavar="FILE", help="also draw the heat map into a PNG file"
@@ -124,20 +130,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "FOLDER is needed, a pattern's folder or hub id; only --capacity goes without (see --help)"
         )
-    for name in ("tokens", "head_dim"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
+    at_least([("--tokens", args.tokens, 1), ("--head-dim", args.head_dim, 1)])
     if args.png is not None:
-        _check_png(args.png)
+        check_png(args.png)
     pattern = load_pattern(args.folder)
-    policy = _selected(pattern, args)
-    costs = [(ratio, _policy(pattern, args, {"retrieval_ratio": ratio})) for ratio in RATIOS]
+    geometry = _geometry(pattern, args.head_dim)
+    policy = _selected(pattern, args, geometry)
+    costs = [
+        (ratio, _policy(pattern, args, {"retrieval_ratio": ratio}, geometry)) for ratio in RATIOS
+    ]
     print(_title(pattern))
     print()
     for line in heat_map(pattern, policy, stream=sys.stdout):
         print(line)
     print()
-    for line in _costs(pattern, costs, policy, args):
+    for line in _costs(pattern, costs, policy, args, geometry):
         print(line)
     if args.png is not None:
         draw(pattern, policy, args.png)
@@ -167,13 +174,14 @@ def _capacity(args: argparse.Namespace) -> int:
     if name is None:
         raise ValueError("--capacity needs --model, whose weights share the card with the cache")
     made = any_config(name)
+    geometry = Geometry.of(made)
     memory = device_memory(device_of(None)) if args.memory is None else int(args.memory * 2**30)
     rows = [
         (
             policy.retrieval_ratio,
             estimate(made, policy, memory_bytes=memory, weights=args.weights, chunk=args.chunk),
         )
-        for policy in _capacity_policies(args, pattern, made)
+        for policy in _capacity_policies(args, pattern, geometry)
     ]
     first = rows[0][1]
     print(
@@ -188,107 +196,93 @@ def _capacity(args: argparse.Namespace) -> int:
 
 
 def _capacity_policies(
-    args: argparse.Namespace, pattern: HeadPattern | None, made: Any
+    args: argparse.Namespace, pattern: HeadPattern | None, geometry: Geometry
 ) -> list[HeadPolicy]:
     """Policies to count for: of the pattern if there is one, else with heads spread evenly over a plain shape."""
-    from duohead.bench.jobs import spread
+    from duohead.bench.models import even_heads
     from duohead.policy import HeadPolicy
     from duohead.shapes import layer_shapes
 
     if pattern is not None:
-        chosen = _selected(pattern, args)
+        chosen = _selected(pattern, args, geometry)
         if chosen is not None:
             return [chosen]
-        return [_policy(pattern, args, {"retrieval_ratio": ratio}) for ratio in CAPACITY_RATIOS]
+        return [
+            _policy(pattern, args, {"retrieval_ratio": ratio}, geometry)
+            for ratio in CAPACITY_RATIOS
+        ]
     if args.kv_budget is not None or args.threshold is not None:
         raise ValueError("--kv-budget and --threshold select heads of a pattern; give its FOLDER")
-    shapes = layer_shapes(made)
-    heads = max(shape.num_kv_heads for shape in shapes)
+    shapes = layer_shapes(geometry.config)
     ratios = CAPACITY_RATIOS if args.retrieval_ratio is None else (args.retrieval_ratio,)
     sink = 64 if args.sink is None else args.sink
     recent = 256 if args.recent is None else args.recent
     return [
         HeadPolicy.from_heads(
-            retrieval=spread(ratio, len(shapes), heads),
-            num_kv_heads=heads,
+            retrieval=even_heads(shapes, ratio),
+            num_kv_heads=[shape.num_kv_heads for shape in shapes],
             sink=sink,
             recent=recent,
+            windows=[shape.window for shape in shapes],
             **storage_fields(args),
         )
         for ratio in ratios
     ]
 
 
-def heat_map(pattern: HeadPattern, policy: HeadPolicy | None, *, stream: TextIO) -> list[str]:
-    """Lines of a map with a row per layer and a cell per KV head, in colour if `stream` is a terminal.
+@dataclass(frozen=True)
+class Geometry:
+    """What bytes are counted with: the config of a model, or one head size for all layers, given or assumed."""
 
-    With a policy, each row ends with its number of retrieval heads; without, with the number of alphas above 0.5.
-    """
-    colour = stream.isatty()
-    shades = SHADES if _can_print(SHADES, stream) else ASCII_SHADES
-    layers, heads = pattern.alpha.shape
-    counted = "alpha > 0.5" if policy is None else "retrieval"
-    lines = [f"layer  {_scale(colour, shades)}   {counted} of {heads}"]
-    for layer in range(layers):
-        row = pattern.alpha[layer]
-        if not pattern.gated[layer].any():
-            window = pattern.windows[layer] if pattern.windows else None
-            note = "no gates" if window is None else f"native window of {window} tokens"
-            lines.append(f"{layer:5}  {'  ' * heads}  not gated: {note}")
-            continue
-        cells = "".join(_cell(float(alpha), colour, shades) for alpha in row)
-        kept = int((row > 0.5).sum()) if policy is None else len(policy.layers[layer].retrieval)
-        lines.append(f"{layer:5}  {cells}  {kept:3}")
-    return lines
+    config: Any
+    head_dim: int
+    assumed: bool = False
 
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """That of a model, whose first head size stands for all where one must."""
+        from duohead.shapes import layer_shapes
 
-def draw(pattern: HeadPattern, policy: HeadPolicy | None, path: str) -> None:
-    """Write the heat map as a PNG; retrieval heads of `policy` are framed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+        return cls(config, next(s.head_dim for s in layer_shapes(config) if s.num_kv_heads))
 
-    from duohead import files
+    @property
+    def every(self) -> int | None:
+        """What `HeadPolicy.kv_bytes` takes: nothing where a model says it layer by layer."""
+        return self.head_dim if self.config is None else None
 
-    layers, heads = pattern.alpha.shape
-    figure = Figure(figsize=(2.2 + 0.28 * heads, 1.6 + 0.2 * layers), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(
-        pattern.alpha, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
-    )
-    axes.set(
-        xlabel="KV head", ylabel="layer", title=(pattern.base_model or "alpha").rpartition("/")[2]
-    )
-    axes.set_facecolor("lightgrey")
-    figure.colorbar(image, label="alpha")
-    for layer, row in enumerate(policy.layers if policy else ()):
-        for head in row.retrieval if pattern.gated[layer].any() else ():
-            axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="red"))
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    def __str__(self) -> str:
+        return f"head size {self.head_dim}{', assumed' if self.assumed else ''}"
 
 
-def _check_png(path: str) -> None:
-    if not path.lower().endswith(".png"):
-        raise ValueError(f"--png must name a .png file, got {path}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "--png needs matplotlib; install it with: pip install 'duohead[report]'"
-        ) from error
+def _geometry(pattern: HeadPattern, given: int | None) -> Geometry:
+    """Of the pattern's model if its config is on this machine; nothing is fetched for a few numbers."""
+    from duohead.bench.models import any_config
+
+    if given is not None:
+        return Geometry(None, given)
+    if pattern.base_model is not None:
+        with suppress(ValueError):  # not here, or another model of that name
+            made = any_config(pattern.base_model, offline=True)
+            pattern.validate(made)
+            return Geometry.of(made)
+    return Geometry(None, HEAD_DIM, assumed=True)
 
 
-def _selected(pattern: HeadPattern, args: argparse.Namespace) -> HeadPolicy | None:
+def _selected(
+    pattern: HeadPattern, args: argparse.Namespace, geometry: Geometry
+) -> HeadPolicy | None:
     names = ("retrieval_ratio", "kv_budget", "threshold")
     selector = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return _policy(pattern, args, selector) if selector else None
+    return _policy(pattern, args, selector, geometry) if selector else None
 
 
-def _policy(pattern: HeadPattern, args: argparse.Namespace, selector: dict[str, Any]) -> HeadPolicy:
+def _policy(
+    pattern: HeadPattern, args: argparse.Namespace, selector: dict[str, Any], geometry: Geometry
+) -> HeadPolicy:
+    """The policy of a selection, bound to the model if its config is known."""
     options = {"sink": args.sink, "recent": args.recent, **storage_fields(args)}
-    return pattern.policy(**selector, **options, tokens=args.tokens, head_dim=args.head_dim)
+    policy = pattern.policy(**selector, **options, tokens=args.tokens, head_dim=geometry.head_dim)
+    return policy if geometry.config is None else policy.bind(geometry.config, dtype="bfloat16")
 
 
 def _title(pattern: HeadPattern) -> str:
@@ -306,11 +300,13 @@ def _costs(
     costs: list[tuple[float, HeadPolicy]],
     policy: HeadPolicy | None,
     args: argparse.Namespace,
+    geometry: Geometry,
 ) -> list[str]:
     window = f"sink {costs[0][1].sink}, recent {costs[0][1].recent}"
-    dense = costs[0][1].dense_kv_bytes(args.tokens, head_dim=args.head_dim)
+    size = geometry.every
+    dense = costs[0][1].dense_kv_bytes(args.tokens, head_dim=size)
     lines = [
-        f"KV cache of {args.tokens:,} tokens (head size {args.head_dim}, 16 bit, "
+        f"KV cache of {args.tokens:,} tokens ({geometry}, 16 bit, "
         f"{'every token kept' if args.keep_all else window}): {_bytes(dense)} dense; {_storage(args)}",
         f"{'ratio':>8}  {'heads':>6}  {'cache':>11}  {'of dense':>8}  {'alpha down to':>13}  {'smaller from':>12}",
     ]
@@ -318,7 +314,7 @@ def _costs(
     if policy is not None:
         rows.append(("selected", policy))
     for name, chosen in rows:
-        size = chosen.kv_bytes(args.tokens, head_dim=args.head_dim)
+        taken = chosen.kv_bytes(args.tokens, head_dim=size)
         kept = [
             float(pattern.alpha[layer, head])
             for layer, row in enumerate(chosen.layers)
@@ -326,14 +322,16 @@ def _costs(
             if not math.isnan(pattern.alpha[layer, head])
         ]
         lowest = f"{min(kept):.4f}" if kept else "-"
-        saves = chosen.saves_from(head_dim=args.head_dim)
+        saves = chosen.saves_from(head_dim=size)
         lines.append(
-            f"{name:>8}  {len(kept):6}  {_bytes(size):>11}  {size / dense:8.1%}  {lowest:>13}  "
+            f"{name:>8}  {len(kept):6}  {_bytes(taken):>11}  {taken / dense:8.1%}  {lowest:>13}  "
             f"{'never' if saves is None else f'{saves:,}':>12}"
         )
     lines.append(
         "smaller from: length in tokens from which on the cache is smaller than the model's own"
     )
+    if geometry.assumed:
+        lines.append("head size: assumed, the model's config is not here; give it with --head-dim")
     return lines
 
 
@@ -344,31 +342,6 @@ def _storage(args: argparse.Namespace) -> str:
         f"retrieval heads stored as {args.retrieval_dtype}, streaming heads as {args.streaming_dtype}{every}, "
         f"native windows as {args.window_dtype}"
     )
-
-
-def _cell(alpha: float, colour: bool, shades: str) -> str:
-    if not colour:
-        return shades[min(int(alpha * len(shades)), len(shades) - 1)] * 2
-    if math.isnan(alpha):
-        return "  "
-    return f"\x1b[48;5;{COLOURS[min(int(alpha * len(COLOURS)), len(COLOURS) - 1)]}m  \x1b[0m"
-
-
-def _scale(colour: bool, shades: str) -> str:
-    steps = COLOURS if colour else shades
-    return (
-        "0 "
-        + "".join(_cell(index / len(steps), colour, shades) for index in range(len(steps)))
-        + " 1"
-    )
-
-
-def _can_print(text: str, stream: TextIO) -> bool:
-    try:
-        text.encode(stream.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def _bytes(count: int) -> str:

@@ -16,6 +16,7 @@ from duohead.evaluate.conditions import told_apart
 from duohead.evaluate.curves import REFERENCE, Axis, Curve, curve_chart, legend, styles_of, unstyled
 from duohead.evaluate.page import card, details_table, document, facts, section
 from duohead.evaluate.scores import scored, scores_of
+from duohead.evaluate.summaries import by_answers, by_task
 from duohead.evaluate.svg import short_count
 
 Sections = list[tuple[str, str, str]]
@@ -33,11 +34,12 @@ def render(
         collection: what to draw.
         speed: makes sections of records of speed, which `evaluate` does not know; they stand in tables as well.
     """
-    entries = told_apart(collection.entries)
+    made = by_task(collection.entries)
+    entries = told_apart(by_answers(made))
     parts: Sections = [
         *footprint.sections(scored(entries)),
         *positions.sections(entries),
-        *gate_history.sections(collection.patterns, collection.logs, entries),
+        *gate_history.sections(collection.patterns, collection.logs, made),
         *(speed(collection.entries) if speed is not None else ()),
         *ablations.sections([entry for entry in entries if not scores_of(entry)]),
     ]

@@ -205,12 +205,7 @@ def _costs(
 ) -> dict[tuple[str, str], _Cost]:
     """(model, scorer) -> what was measured, from patterns and records; each of both may be missing."""
     found: dict[tuple[str, str], _Cost] = defaultdict(_Cost)
-    for pattern in patterns.values():
-        scorer = _scorer(pattern)
-        cost = pattern.training.get("cost")
-        seconds = _seconds(cost if isinstance(cost, Mapping) else pattern.training)
-        if scorer and seconds is not None:
-            found[pattern.base_model or "", scorer].seconds.add(seconds)
+    told: set[float] = set()
     for entry in entries:
         seconds = _seconds(entry.numbers)
         scorer = entry.shape.get("scorer")
@@ -218,6 +213,14 @@ def _costs(
             cost = found[str(entry.shape.get("model", "")), str(scorer)]
             cost.seconds.add(seconds)
             cost.machines[entry.machine] = None
+            told.add(seconds)
+    for pattern in patterns.values():
+        scorer = _scorer(pattern)
+        paid = pattern.training.get("cost")
+        seconds = _seconds(paid if isinstance(paid, Mapping) else pattern.training)
+        # Records of the same run know more: its options, and the machine.
+        if scorer and seconds is not None and seconds not in told:
+            found[pattern.base_model or "", scorer].seconds.add(seconds)
     return found
 
 

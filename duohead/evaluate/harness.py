@@ -95,7 +95,8 @@ class HarnessRow:
     batch. Times are means over batches: `tpot_ms` of a decode step, None where nothing was generated, `ttft_ms` until
     the first new token (or until a likelihood is known); a method's first batch compiles kernels, too, so compare times
     of many. `part_of` is the largest group in whose score the task's own is contained. `retrieval_ratio` counts gated
-    heads; windows are None for full attention. A score that is no finite number is None.
+    heads; windows and storage are None for full attention, windows also where
+    streaming heads keep every token (`evict` False). A score that is no finite number is None.
     """
 
     task: str
@@ -106,6 +107,10 @@ class HarnessRow:
     sink: int | None
     recent: int | None
     prefill_recent: int | None
+    retrieval_dtype: str | None
+    streaming_dtype: str | None
+    window_dtype: str | None
+    evict: bool | None
     num_fewshot: int | None
     samples: int
     part_of: str | None

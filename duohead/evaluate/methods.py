@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,21 @@ def _choose(
     )
 
 
+def storage_words(policy: HeadPolicy | None) -> str:
+    """How a policy stores heads, where it is not in the model's own dtype: "streaming=fp8/int4,keep-all", or "".
+
+    ``keep-all`` stands for streaming heads that evict nothing.
+    """
+    if policy is None:
+        return ""
+    said = [
+        f"{kind}={dtype}"
+        for kind in ("retrieval", "streaming", "window")
+        if (dtype := getattr(policy, f"{kind}_dtype")) != "auto"
+    ]
+    return ",".join(said if policy.evict else [*said, "keep-all"])
+
+
 def share_name(ratio: float) -> str:
     """0.5 -> "50", 0.125 -> "12.5": a share as it stands in method names."""
     return f"{100 * ratio:.4g}"
@@ -91,8 +106,11 @@ def comparison(
     recent: int | None = None,
     prefill_recent: int | None = None,
     windows: Sequence[tuple[int, int]] = (),
+    **storage: Any,
 ) -> dict[str, Method]:
     """Methods by name: `full`; per ratio `duo_50`, `random_50_0` and so on, `duo@64+256_50`; `streaming`.
+
+    A storage that is not the model's dtype stands in all names but `full`: `duo:streaming=int4,keep-all_50`.
 
     Args:
         pattern: the identified heads.
@@ -105,6 +123,8 @@ def comparison(
         prefill_recent: tokens that streaming heads see in a prompt, `recent` by default.
         windows: further (sink, recent) for the identified heads, such as (320, 1) for sinks alone beside the own token,
             (0, 320) for recent tokens alone; `prefill_recent` is not for them.
+        storage: fields of `HeadPolicy` that say how heads are stored: ``retrieval_dtype``, ``streaming_dtype``,
+            ``window_dtype``, ``evict``.
     """
     if not ratios:
         raise ValueError(
@@ -114,20 +134,26 @@ def comparison(
     methods = {"full": Method("full", None, 1.0)}
     for ratio in ratios:
         policy = pattern.policy(
-            retrieval_ratio=ratio, sink=sink, recent=recent, prefill_recent=prefill_recent
+            retrieval_ratio=ratio,
+            sink=sink,
+            recent=recent,
+            prefill_recent=prefill_recent,
+            **storage,
         )
-        methods[f"duo_{share_name(ratio)}"] = Method("duo", policy, ratio)
+        stored = f":{words}" if (words := storage_words(policy)) else ""
+        methods[f"duo{stored}_{share_name(ratio)}"] = Method("duo", policy, ratio)
         if ratio in rivals:
             # Each ratio draws from its own stream: adding a ratio leaves the draws of the others as they were.
             stream = seed * 1_000_003 + round(1e6 * ratio)
             for draw, rival in enumerate(
                 random_heads(policy, pattern.gated, draws=draws, seed=stream)
             ):
-                methods[f"random_{share_name(ratio)}_{draw}"] = Method("random", rival, ratio, draw)
+                name = f"random{stored}_{share_name(ratio)}_{draw}"
+                methods[name] = Method("random", rival, ratio, draw)
         for first, last in dict.fromkeys(windows):
-            other = pattern.policy(retrieval_ratio=ratio, sink=first, recent=last)
-            methods[f"duo@{first}+{last}_{share_name(ratio)}"] = Method(
+            other = pattern.policy(retrieval_ratio=ratio, sink=first, recent=last, **storage)
+            methods[f"duo@{first}+{last}{stored}_{share_name(ratio)}"] = Method(
                 "duo", other, ratio, window=(first, last)
             )
-    methods["streaming"] = Method("streaming", all_streaming(policy, pattern.gated), 0.0)
+    methods[f"streaming{stored}"] = Method("streaming", all_streaming(policy, pattern.gated), 0.0)
     return methods

@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+WINDOW = ("sink", "recent", "prefill_recent")
+STORAGE = ("retrieval_dtype", "streaming_dtype", "window_dtype", "evict")
+
+
 @dataclass(frozen=True)
 class _Cell:
     task: str
@@ -225,16 +229,18 @@ def text_digest(text_ids: torch.Tensor) -> str:
 
 
 def policy_facts(policy: HeadPolicy | None) -> dict[str, Any]:
-    """What every row says of its method's policy; the ratio counts heads of gated layers only."""
+    """What every row says of its method's policy; the ratio counts heads of gated layers only.
+
+    Everything but the ratio is None for full attention, and so are the windows of a policy that does not evict.
+    """
     if policy is None:
-        windows = dict.fromkeys(("sink", "recent", "prefill_recent", "policy"))
-        return {"retrieval_ratio": 1.0, **windows}
+        return {"retrieval_ratio": 1.0, **dict.fromkeys((*WINDOW, *STORAGE, "policy"))}
     prompts = policy.recent if policy.prefill_recent is None else policy.prefill_recent
+    windows = (policy.sink, policy.recent, prompts) if policy.evict else (None, None, None)
     return {
         "retrieval_ratio": policy.retrieval_ratio,
-        "sink": policy.sink,
-        "recent": policy.recent,
-        "prefill_recent": prompts,
+        **dict(zip(WINDOW, windows, strict=True)),
+        **{name: getattr(policy, name) for name in STORAGE},
         "policy": policy.digest(),
     }
 

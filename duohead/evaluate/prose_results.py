@@ -56,6 +56,10 @@ class ProseRow:
     attention: str
     task: str = "prose"
     task_version: int = VERSION
+    retrieval_dtype: str | None = None
+    streaming_dtype: str | None = None
+    window_dtype: str | None = None
+    evict: bool | None = None
 
 
 @dataclass(frozen=True)

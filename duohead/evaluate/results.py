@@ -33,11 +33,12 @@ class NeedleRow:
     """What one method scored in one cell of the grid; scores are fractions, bytes those of an allocated cache.
 
     `length` counts tokens (question and answers included), `depth` is the needle's place in the text from 0 to 1,
-    `answers` are the scored ones of all `samples`. `sink`, `recent`, `prefill_recent`, `policy` (a digest) are None for
-    full attention, and `retrieval_ratio` counts heads of gated layers. What follows `kv_bytes` says how the score was
-    made (`attention` names what attended, `sample_seed` made needles and places) and what a real generation of one
-    sequence took: milliseconds to the first token and per token after it, and what decoded. It is None where it was not
-    measured, as in records of the first versions.
+    `answers` are the scored ones of all `samples`. `retrieval_ratio` counts heads of gated layers. What the policy says
+    of windows and storage, and `policy` (its digest), are None for full attention; windows are None where streaming
+    heads keep every token (`evict` False). What follows `kv_bytes` says how the score was made (`attention` names what
+    attended, `sample_seed` made needles and places) and what a real generation of one sequence took: milliseconds to
+    the first token and per token after it, and what decoded. It is None where it was not measured or noted, as in
+    records of earlier versions.
     """
 
     task: str
@@ -56,6 +57,10 @@ class NeedleRow:
     token_accuracy: float
     kv_bytes: int
     prefill_recent: int | None = None
+    retrieval_dtype: str | None = None
+    streaming_dtype: str | None = None
+    window_dtype: str | None = None
+    evict: bool | None = None
     text: str | None = None
     text_digest: str | None = None
     sample_seed: int | None = None

@@ -145,6 +145,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 8
   h1 { font-size: 25px; }
   .grid { grid-template-columns: minmax(0, 1fr); gap: 14px; }
   .card { padding: 14px 14px 12px; }
+  tbody th { white-space: normal; min-width: 7em; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 16px; }
   .facts { grid-template-columns: minmax(0, 1fr); }
   .bars li { grid-template-columns: minmax(0, 1fr) 5em; gap: 2px 10px; }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from duohead.evaluate.methods import Method, share_name
+from duohead.evaluate.methods import Method, share_name, storage_words
 from duohead.evaluate.prose_results import ProseResult
 from duohead.evaluate.results import NeedleResult
 
@@ -37,16 +37,18 @@ PROSE_HEAD = (
 
 
 def label(method: Method) -> str:
-    """What a method is called: "identified heads, 25 %"."""
+    """What a method is called: "identified heads, 25 %", and how heads are stored if not in the model's dtype."""
+    words = storage_words(method.policy).replace(",", ", ")
+    stored = f", {words}" if words else ""
     if method.kind == "full":
         return "full attention"
     if method.kind == "streaming":
-        return "streaming heads only"
+        return f"streaming heads only{stored}"
     share = f"{share_name(method.share)} %"
     if method.kind == "duo":
         window = "" if method.window is None else f", {method.window[0]}+{method.window[1]}"
-        return f"identified heads, {share}{window}"
-    return f"random heads, {share}, draw {(method.draw or 0) + 1}"
+        return f"identified heads, {share}{window}{stored}"
+    return f"random heads, {share}, draw {(method.draw or 0) + 1}{stored}"
 
 
 def percent(fraction: float) -> str:

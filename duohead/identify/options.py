@@ -24,7 +24,10 @@ _IMMATERIAL = (
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A field of an options class: its default and what the command line says about it; ``choices`` if it has some."""
+    """A field of an options class: its default and what the command line says about it.
+
+    ``choices`` if it has some; ``off`` is what the flag that switches it off says.
+    """
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -50,8 +53,8 @@ class IdentifyOptions:
     )
     target: float = option(
         0.0,
-        "lead the mean gate down to this share, instead of reg_weight, and rank heads by how long their gates stand "
-        "(0: the paper's way)",
+        "lead the mean gate down to this share, in place of reg_weight, and rank heads by how long their gates stand; "
+        "0 is the paper's way",
     )
     initial: float = option(1.0, "value that every gate starts from")
     sink: int = option(128, "first tokens that a streaming head keeps")
@@ -71,11 +74,13 @@ class IdentifyOptions:
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     deterministic: bool = option(
-        True, "the same bits every time on one device; on a GPU faster kernels without"
+        True,
+        "the same bits every time on one device",
+        off="faster kernels on a GPU, which give other bits every time",
     )
     patience: int = option(
         0,
-        "let the learning rate fall once the selection has stood for so many steps (0: never early)",
+        "let the learning rate fall once the selection has stood for so many steps; 0 is never",
     )
     patience_ratios: tuple[float, ...] = option(
         (0.5, 0.25), "shares of retrieval heads whose selection patience watches"
@@ -125,6 +130,12 @@ class IdentifyOptions:
             "patience",
             self.patience == 0 or not self.target,
             "must be 0 with a target, whose way down takes all steps",
+        )
+        require(
+            self,
+            "reg_weight",
+            self.reg_weight == type(self).reg_weight or not self.target,
+            "must be left alone with a target, which takes its place",
         )
         require(
             self,

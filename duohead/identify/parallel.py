@@ -237,6 +237,16 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def refuse_tensor_parallel(model: Any) -> None:
+    """Raise ValueError for a model whose heads are split over processes (``tp_plan``): gates are for all heads."""
+    size = getattr(model, "tp_size", None) or 1
+    if size > 1:
+        raise ValueError(
+            f"model must have all of its heads in every process, but {type(model).__name__} is split over {size} by "
+            f"tensor parallelism; load it without tp_plan (processes then share a sample, and with --shard the weights)"
+        )
+
+
 def shard(model: Any, *, device: torch.device) -> None:
     """Freeze the model and spread the weights below its output layer over all processes (FSDP2), layer by layer.
 

@@ -23,7 +23,7 @@ from duohead.identify.descent import Descent, follow, regulariser
 from duohead.identify.gates import Gates, distillation, installed
 from duohead.identify.loggers import check, loggers
 from duohead.identify.options import IdentifyOptions
-from duohead.identify.parallel import Ranks, shard
+from duohead.identify.parallel import Ranks, refuse_tensor_parallel, shard
 from duohead.identify.passkeys import PasskeyDataset
 from duohead.identify.stability import Stability
 from duohead.shapes import layer_shapes, text_config
@@ -86,6 +86,7 @@ def identify(
             the model cannot be gated. All but the last are found before any work.
     """
     options = options or IdentifyOptions()
+    refuse_tensor_parallel(model)
     ranks = Ranks.of(options.sequence_parallel, device=_device(model, options))
     with ranks.together():
         check(log, out)

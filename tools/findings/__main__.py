@@ -12,7 +12,7 @@ from tools.findings.lab import SMALL, Effort, Lab
 from tools.findings.questions import QUESTIONS
 
 # Flags that not every question takes.
-TAKEN_BY = {"--ratios": {"errors", "precision"}, "--part": {"precision"}}
+TAKEN_BY = {"--ratios": {"errors", "precision", "extras"}, "--part": {"precision"}}
 
 
 def main() -> int:
@@ -27,7 +27,9 @@ def main() -> int:
     parser.add_argument("--json", required=True, metavar="FILE", help="records are appended here")
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 (default: float32)")
-    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", help="errors, precision")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", metavar="R", help="extras, errors, precision"
+    )
     parser.add_argument(
         "--part", default="1/1", metavar="K/N", help="precision: only the K-th of N"
     )

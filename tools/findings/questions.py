@@ -11,6 +11,7 @@ from typing import Any
 from duohead import HeadPattern, HeadPolicy
 from duohead.identify.scorers import score
 from tools.findings.errors import errors
+from tools.findings.extras import extras
 from tools.findings.lab import RATIOS, RECENT, RETRIEVAL, SINK, Lab, overlap, rank_correlation
 from tools.findings.precision import precision
 from tools.findings.steps import steps
@@ -160,4 +161,5 @@ QUESTIONS: dict[str, Callable[[Lab], None]] = {
     "lengths": lengths,
     "precision": precision,
     "steps": steps,
+    "extras": extras,
 }

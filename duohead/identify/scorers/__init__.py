@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from duohead.identify.checkpoint import CHECKPOINT, LOG, RunFolder, fingerprint, written_at
+from duohead.identify.parallel import refuse_tensor_parallel
 from duohead.identify.scorers.cost import COST, Cost, metered
 from duohead.shapes import layer_shapes
 
@@ -91,6 +92,7 @@ def score(
         )
     if log and not scorer.trains:
         raise ValueError(f"log is for scorers that train, and {name!r} does not; leave it out")
+    refuse_tensor_parallel(model)
     rank, processes = _place()
     if processes > 1 and not scorer.trains:
         raise ValueError(f"scorer {name!r} works in one process, got {processes}; start one")

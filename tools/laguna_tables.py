@@ -1,0 +1,125 @@
+"""The tables of docs/laguna.md on accuracy: what pocket-laguna finds with few heads, and what its windows are worth.
+
+Made from the records of `duohead evaluate needle` and `prose`, and of `tools/laguna_heads.py`; of several records of
+one thing the newest counts. Needles at the very start and end of a text are left out: every head sees them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from duohead.evaluate.prose_results import ProseResult
+from duohead.evaluate.results import NeedleResult
+from duohead.evaluate.svg import short_count
+from duohead.record import read_records
+from tools.finding_records import TASKS, Records
+from tools.speed_tables import NOTHING, machine_line, table
+
+WINDOWS = "laguna.windows"
+SHARE = 0.4  # of all heads that the adapter keeps whole
+_SAID = {"native": "as they are", "ignored": "ignored, as the adapter trained"}
+
+
+def accuracy(path: Path) -> str:
+    """Each choice of heads: exact match per task over all lengths, first tokens, prose, and bytes at the longest."""
+    given = NeedleResult.read(path)
+    result = NeedleResult(tuple(row for row in given.rows if 0 < row.depth < 1))
+    prose = {row.method: row for row in ProseResult.read(path).rows}
+    longest, dense = max(result.lengths), 0
+    rows = []
+    for name, methods in _named(result.methods).items():
+        exact = [_span([100 * result.mean(method=m, task=task) for m in methods]) for task in TASKS]
+        first = [100 * result.mean("first_token", method=m) for m in methods]
+        size = result.kv_bytes(method=methods[0], length=longest)
+        dense = dense or size
+        told = [prose[m] for m in methods if m in prose]
+        rows.append(
+            [
+                name,
+                *exact,
+                _span(first),
+                f"{told[0].perplexity:.2f}" if told else "",
+                f"{told[0].kl_nats:.3f}" if told else "",
+                f"{size / 2**20:.1f} MiB, {100 * size / dense:.0f} %",
+            ]
+        )
+    length = short_count(next(iter(prose.values())).length)
+    head = ["heads that keep everything", *TASKS, "first token", f"perplexity, {length}"]
+    head += [f"KL, {length}", f"cache, {short_count(longest)}"]
+    return table(head, rows) + f"\n{machine_line(read_records(path)[-1])}\n"
+
+
+def windows(records: Records) -> str:
+    """The model with its windows and without: what full attention finds, and where echo sees heads to keep."""
+    found = {entry["shape"]["windows"]: entry for entry in of_op(records, WINDOWS, "windows")}
+    if len(found) < len(_SAID):
+        return NOTHING
+    prose = ["perplexity"] if all("perplexity" in e["numbers"] for e in found.values()) else []
+    rows = [
+        [
+            said,
+            *(f"{found[name]['numbers'][task]:.0f} %" for task in TASKS),
+            *(f"{found[name]['numbers'][told]:.1f}" for told in prose),
+            _layers(found[name]["numbers"]["alpha"], found["native"]["numbers"]["alpha"]),
+        ]
+        for name, said in _SAID.items()
+    ]
+    head = ["windows", *TASKS, *prose, f"the {100 * SHARE:.0f} % that `echo` would keep"]
+    return table(head, rows) + f"\n{machine_line(found['native'])}\n"
+
+
+def of_op(records: Records, op: str, *names: str) -> list[dict[str, Any]]:
+    """The records of an operation, of each combination of these settings the newest."""
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in (entry for entry in records if entry["op"] == op):
+        key = tuple(entry["shape"][name] for name in names)
+        if entry["time"] >= newest.get(key, entry)["time"]:
+            newest[key] = entry
+    return list(newest.values())
+
+
+def _layers(alpha: Sequence[Sequence[float | None]], native: Sequence[Sequence[Any]]) -> str:
+    """How many of the heads with the highest alphas lie in global layers, and how many in windowed ones."""
+    scored = [(a, layer) for layer, row in enumerate(alpha) for a in row if a is not None]
+    best = sorted(scored, reverse=True)[: round(SHARE * len(scored))]
+    inside = sum(native[layer][0] is None for _, layer in best)
+    return f"{len(best) - inside} in global layers, {inside} in windowed ones"
+
+
+def _named(methods: Sequence[str]) -> dict[str, list[str]]:
+    """What a row is called, and the methods in it, from many heads to few; random draws of one share are one row."""
+    found: dict[str, list[str]] = {}
+    for method in sorted(methods, key=_order):
+        kind, _, rest = method.partition("_")
+        share = f"{rest.split('_')[0]} %"
+        name = {"full": "all (full attention)", "streaming": "none (all heads stream)"}.get(kind)
+        name = name or {"duo": f"identified, {share}", "random": f"random, {share}"}[kind]
+        found.setdefault(name, []).append(method)
+    return {
+        f"{name} ({len(own)} draw{'s'[: len(own) - 1]})" if name.startswith("random") else name: own
+        for name, own in found.items()
+    }
+
+
+def _order(method: str) -> tuple[float, bool]:
+    kind, _, rest = method.partition("_")
+    share = {"full": 100.0, "streaming": 0.0}.get(kind)
+    return -(float(rest.split("_")[0]) if share is None else share), kind == "random"
+
+
+def _span(scores: Sequence[float]) -> str:
+    low, high = min(scores), max(scores)
+    return f"{low:.1f} %" if len(scores) == 1 else f"{low:.0f} – {high:.0f} %"
+
+
+def _over(make: Callable[[Records], str]) -> Callable[[Path], str]:
+    return lambda path: make(read_records(path))
+
+
+# Name of a table -> its file of records in results/, and the function; `tools/readme.py` takes them as they are.
+SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "laguna_accuracy": ("needle-pocket-laguna.jsonl", accuracy),
+    "laguna_windows": ("gates-pocket-laguna.jsonl", _over(windows)),
+}
