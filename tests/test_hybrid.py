@@ -1,13 +1,11 @@
 """Models with native windows in some layers: windows stay, only global layers are gated, and any precision is exact.
 
-The oracle is the dense attention of `tiny.py` over keys and values that went through their storage format first, since
+The oracle (`tiny_stored.py`) is dense attention over keys and values that went through their storage format first:
 every query sees the stored form of a key. Models compute in float64, so that no rounding of theirs can flip a level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +21,16 @@ from tiny import (
     WINDOW,
     assert_close,
     chunked_logits,
-    dense_reference,
     ids,
     left_padded,
-    masked,
     tiny,
 )
 from tiny_identification import OPTIONS, TEXT, tokenizer
+from tiny_stored import stored
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 
-from duohead import DuoCache, HeadPattern, HeadPolicy, codec, duo
+from duohead import DuoCache, HeadPattern, HeadPolicy, duo
 from duohead.bench.models import config
 from duohead.identify.scorers import NAMES, score
 from duohead.shapes import layer_shapes
@@ -87,49 +84,9 @@ def policy_of(model: Any, *, windowed: int = 1, **fields: Any) -> HeadPolicy:
     )
 
 
-def round_trip(x: Tensor, names: list[str], place: int) -> Tensor:
-    """Keys (place 0) or values (place -1) [B, G, T, D], each head through the storage it is named."""
-    return torch.stack(
-        [
-            codec.get(name.split("/")[place], native=x.dtype).round_trip(x[:, head])
-            for head, name in enumerate(names)
-        ],
-        dim=1,
-    )
-
-
-@contextmanager
-def oracle(model: Any, policy: HeadPolicy) -> Iterator[None]:
-    """Run the model with dense attention over stored keys and values (forward without a cache only)."""
-    windows = [shape.window for shape in layer_shapes(model)]
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
-    ) -> Any:
-        layer, window = policy.layers[module.layer_idx], windows[module.layer_idx]
-        kept = policy.retrieval_dtype if window is None else policy.window_dtype
-        names = [
-            kept if head in layer.retrieval else policy.streaming_dtype
-            for head in range(layer.num_kv_heads)
-        ]
-        stored = round_trip(key, names, 0), round_trip(value, names, -1)
-        return dense_reference(module, query, *stored, *rest, **options)
-
-    seeing = policy
-    if not policy.evict:
-        seeing = policy.with_retrieval([range(layer.num_kv_heads) for layer in policy.layers])
-    AttentionInterface.register("stored_reference", attend)
-    AttentionMaskInterface.register(
-        "stored_reference", lambda *args, attention_mask=None, **options: attention_mask
-    )
-    with masked(model, seeing):
-        model.set_attn_implementation("stored_reference")
-        yield
-
-
 @torch.no_grad()
 def expected(model: Any, policy: HeadPolicy, tokens: Tensor) -> Tensor:
-    with oracle(model, policy):
+    with stored(model, policy):
         return model(input_ids=tokens, use_cache=False).logits
 
 

@@ -356,3 +356,17 @@ def test_on_a_gpu_the_same_seed_gives_the_same_bits(dtype: torch.dtype) -> None:
     )
     assert recomputed.alpha.tobytes() == alphas[0]
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_a_gpu_an_interrupted_run_continues_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    expected = run(tmp_path / "whole", model=tiny().to("cuda", dtype))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", model=tiny().to("cuda", dtype), on_step=_Interrupt(7))
+    again: list[Step] = []
+    pattern = run(tmp_path / "parts", model=tiny().to("cuda", dtype), on_step=again.append)
+    assert again[0].step == OPTIONS.save_every
+    assert pattern.alpha.tobytes() == expected.alpha.tobytes()

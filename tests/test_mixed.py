@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,15 +11,13 @@ from tiny import (
     LENGTH,
     assert_close,
     chunked_logits,
-    dense_reference,
     ids,
     left_padded,
-    masked,
     policy_for,
     tiny,
 )
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from tiny_stored import stored
+from torch import Tensor
 
 from duohead import DuoCache, HeadPolicy, codec, duo
 from duohead.cache import DuoLayer
@@ -31,37 +27,6 @@ from duohead.models.generate import generate
 
 FAMILIES = ("llama", "gemma3", "laguna", "gpt-oss")
 MIXED = {"retrieval_dtype": "fp8/int4", "streaming_dtype": "int4/fp8", "window_dtype": "int8/auto"}
-_policy: HeadPolicy | None = None
-
-
-def stored_reference(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The dense reference on what comes back from storage, head by head."""
-    key, value = key.clone(), value.clone()
-    for store in _policy.stores(module.layer_idx):
-        formats = codec.pair(store.dtype, native=key.dtype)
-        for head in store.heads:
-            key[:, head] = formats.keys.round_trip(key[:, head])
-            value[:, head] = formats.values.round_trip(value[:, head])
-    return dense_reference(module, query, key, value, *args, **kwargs)
-
-
-AttentionInterface.register("stored_reference", stored_reference)
-AttentionMaskInterface.register(
-    "stored_reference", lambda *args, attention_mask=None, **kwargs: attention_mask
-)
-
-
-@contextmanager
-def referred(model: Any, policy: HeadPolicy) -> Iterator[None]:
-    """Run ``model`` with the stored reference; heads that are not evicted from see as retrieval heads do."""
-    global _policy
-    every = [range(layer.num_kv_heads) for layer in policy.layers]
-    with masked(model, policy if policy.evict else policy.with_retrieval(every)):
-        model.set_attn_implementation("stored_reference")
-        _policy = policy.bind(model)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +49,7 @@ def test_mixed_storage_is_the_same_in_every_form(
     tokens, mask = left_padded([LENGTH, LENGTH - 11])
     place = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = {"input_ids": tokens, "attention_mask": mask, "position_ids": place}
-    with referred(model, policy):
+    with stored(model, policy):
         expected = model(**whole, use_cache=False).logits
     with duo(model, policy) as bound:
         assert_close(model(**whole, use_cache=False).logits, expected, mask)

@@ -58,12 +58,15 @@ def written(path: Path, *entries: Any) -> Path:
     return path
 
 
-def test_needles_that_every_head_sees_do_not_count_and_draws_share_a_row(tmp_path: Path) -> None:
+def test_needles_that_every_head_sees_do_not_count_and_rows_say_what_was_kept(
+    tmp_path: Path,
+) -> None:
     methods = comparison(tiny.pattern(), ratios=(0.25, 0.5), draws=2, seed=0)
     right = {"random_50_0": 0.2, "random_50_1": 0.6, "streaming": 0.0}
     rows = [
-        tiny.row(name, method, task=task, depth=depth, exact_match=score)
+        tiny.row(name, method, task=task, depth=depth, exact_match=score, retrieval_ratio=kept)
         for name, method in methods.items()
+        for kept in (1 / 3 if "_25" in name else method.share,)  # two heads of six
         for task in TASKS
         for depth, score in ((0.0, 1.0), (0.5, right.get(name, 0.75)))
     ]
@@ -95,8 +98,8 @@ def test_needles_that_every_head_sees_do_not_count_and_draws_share_a_row(tmp_pat
         "| all (full attention)",
         "| identified, 50 %",
         "| random, 50 % (2 draws)",
-        "| identified, 25 %",
-        "| random, 25 % (2 draws)",
+        "| identified, 33.3 %",
+        "| random, 33.3 % (2 draws)",
         "| none (all heads stream)",
     ]
     assert "| 75.0 % |" in lines[3] and "| 20 – 60 % |" in lines[4] and "| 0.0 % |" in lines[7]

@@ -6,7 +6,7 @@ one thing the newest counts. Needles at the very start and end of a text are lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def accuracy(path: Path) -> str:
     prose = {row.method: row for row in ProseResult.read(path).rows}
     longest, dense = max(result.lengths), 0
     rows = []
-    for name, methods in _named(result.methods).items():
+    shares = {row.method: row.retrieval_ratio for row in result.rows}
+    for name, methods in _named(shares).items():
         exact = [_span([100 * result.mean(method=m, task=task) for m in methods]) for task in TASKS]
         first = [100 * result.mean("first_token", method=m) for m in methods]
         size = result.kv_bytes(method=methods[0], length=longest)
@@ -88,12 +89,14 @@ def _layers(alpha: Sequence[Sequence[float | None]], native: Sequence[Sequence[A
     return f"{len(best) - inside} in global layers, {inside} in windowed ones"
 
 
-def _named(methods: Sequence[str]) -> dict[str, list[str]]:
-    """What a row is called, and the methods in it, from many heads to few; random draws of one share are one row."""
+def _named(shares: Mapping[str, float]) -> dict[str, list[str]]:
+    """What a row is called, and the methods in it, from many heads to few; random draws of one share are one row.
+
+    Methods are named by the share that was asked for; a row says what was kept, which of twelve heads may be another.
+    """
     found: dict[str, list[str]] = {}
-    for method in sorted(methods, key=_order):
-        kind, _, rest = method.partition("_")
-        share = f"{rest.split('_')[0]} %"
+    for method in sorted(shares, key=lambda method: (-shares[method], method.startswith("random"))):
+        kind, share = method.partition("_")[0], f"{100 * shares[method]:.3g} %"
         name = {"full": "all (full attention)", "streaming": "none (all heads stream)"}.get(kind)
         name = name or {"duo": f"identified, {share}", "random": f"random, {share}"}[kind]
         found.setdefault(name, []).append(method)
@@ -101,12 +104,6 @@ def _named(methods: Sequence[str]) -> dict[str, list[str]]:
         f"{name} ({len(own)} draw{'s'[: len(own) - 1]})" if name.startswith("random") else name: own
         for name, own in found.items()
     }
-
-
-def _order(method: str) -> tuple[float, bool]:
-    kind, _, rest = method.partition("_")
-    share = {"full": 100.0, "streaming": 0.0}.get(kind)
-    return -(float(rest.split("_")[0]) if share is None else share), kind == "random"
 
 
 def _span(scores: Sequence[float]) -> str:
