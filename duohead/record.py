@@ -98,12 +98,18 @@ def record(
 
 
 def write_record(path: str | os.PathLike[str], **fields: Any) -> Record:
-    """Append one line to the file at `path` (made with its folders if missing); `fields` are those of `record`.
+    """Append one line to the file at `path` (made with its folders if missing); `fields` are those of `record`."""
+    entry = record(**fields)
+    append_record(path, entry)
+    return entry
+
+
+def append_record(path: str | os.PathLike[str], entry: Record) -> None:
+    """Append a record as one line to the file at `path` (made with its folders if missing).
 
     The line goes out in a single write, so that programs may append to one file at the same time; a line that the disk
     had no room for is taken back.
     """
-    entry = record(**fields)
     line = (entry.to_json() + "\n").encode()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -114,7 +120,6 @@ def write_record(path: str | os.PathLike[str], **fields: Any) -> Record:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
     finally:
         os.close(handle)
-    return entry
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,18 +1,22 @@
 """The looks of the figures in docs/figures: panels, dots on lines, matrices, curves, one legend, small files.
 
-Each figure of `finding_figures.py` is made of these few pieces, so that all of them look alike and a number is drawn
-the same way everywhere. matplotlib is an extra and imported where it is used.
+Figures of `finding_figures.py` and `laguna_figures.py` are made of these few pieces, so that all look alike and a
+number is drawn the same way everywhere. matplotlib is an extra and imported where it is used.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from duohead.evaluate.plots import require_matplotlib
 from duohead.files import replacing
-from tools.finding_records import mean
+from duohead.record import read_records
+from tools.finding_records import Records, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,3 +140,37 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", optimize=True)
+
+
+def write_figures(
+    folder: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
+    figures: Mapping[str, Callable[[Records], Figure | None]],
+    *,
+    lacking: str,
+) -> list[Path]:
+    """Draw every one of ``figures`` that ``files`` have records for into ``folder``; the paths written.
+
+    Raises:
+        ValueError: matplotlib is missing, a malformed file, or no figure has records, with ``lacking`` as the reason.
+    """
+    require_matplotlib()
+    records = [entry for path in files for entry in read_records(path)]
+    drawn = {Path(folder) / f"{name}.png": draw(records) for name, draw in figures.items()}
+    written = {path: figure for path, figure in drawn.items() if figure is not None}
+    if not written:
+        raise ValueError(f"{', '.join(map(str, files))}: {lacking}")
+    for path, figure in written.items():
+        save(figure, path)
+    return list(written)
+
+
+def run(module: str, about: str | None, write: Callable[[str, Sequence[str]], list[Path]]) -> int:
+    """The command ``python -m MODULE FILE ... --out FOLDER``: draw, and say what was written."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="records")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the PNGs go")
+    args = parser.parse_args()
+    for path in write(args.out, args.files):
+        print(f"{path}, {path.stat().st_size / 1000:.0f} KB")
+    return 0

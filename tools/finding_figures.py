@@ -7,7 +7,6 @@ bytes, and a question without records gives no file.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duohead.evaluate.methods import share_name
-from duohead.evaluate.plots import require_matplotlib
 from duohead.evaluate.svg import short_count
-from duohead.record import read_records
-from tools.figure_parts import EXACT, dot_panels, first, line, matrix, panels_of, save, with_legend
+from tools.figure_parts import (
+    EXACT,
+    dot_panels,
+    first,
+    line,
+    matrix,
+    panels_of,
+    run,
+    with_legend,
+    write_figures,
+)
 from tools.finding_records import (
     TASKS,
     Records,
@@ -45,20 +52,14 @@ def write(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]
     Raises:
         ValueError: matplotlib is missing, a malformed file, or no record is of a question with a figure.
     """
-    require_matplotlib()
-    records = [entry for path in files for entry in read_records(path)]
-    written = []
-    for name, draw in FIGURES.items():
-        figure = draw(records)
-        if figure is not None:
-            written.append(Path(folder) / f"{name}.png")
-            save(figure, written[-1])
-    if not written:
-        raise ValueError(
-            f"{', '.join(map(str, files))}: no records of a question with a figure ({', '.join(FIGURES)}); "
-            f"make some with python -m tools.findings"
-        )
-    return written
+    return write_figures(
+        folder,
+        files,
+        FIGURES,
+        lacking=(
+            f"no records of a question with a figure ({', '.join(FIGURES)}); make some with python -m tools.findings"
+        ),
+    )
 
 
 def varied(question: str, name: str) -> Callable[[Records], Figure | None]:
@@ -313,16 +314,5 @@ FIGURES: dict[str, Callable[[Records], Figure | None]] = {
 }
 
 
-def main() -> int:
-    """Draw what the command line asks for, and say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m tools.finding_figures", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="records")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the PNGs go")
-    args = parser.parse_args()
-    for path in write(args.out, args.files):
-        print(f"{path}, {path.stat().st_size / 1000:.0f} KB")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("tools.finding_figures", __doc__, write))

@@ -7,16 +7,13 @@ give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duohead.evaluate.plots import require_matplotlib
-from duohead.record import read_records
-from tools.figure_parts import first, panels_of, save
+from tools.figure_parts import first, panels_of, run, write_figures
 from tools.finding_records import TASKS, Records, mean
 from tools.laguna_heads import GATES, WINDOWS
 from tools.laguna_tables import of_op
@@ -149,30 +146,13 @@ def write(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]
     Raises:
         ValueError: matplotlib is missing, a malformed file, or no record that there is a figure for.
     """
-    require_matplotlib()
-    records = [entry for path in files for entry in read_records(path)]
-    made = {name: draw(records) for name, draw in FIGURES.items()}
-    written = {Path(folder) / f"{name}.png": figure for name, figure in made.items() if figure}
-    if not written:
-        raise ValueError(
-            f"{', '.join(map(str, files))}: no records of gates or windows; make some with "
-            f"python -m tools.laguna_heads"
-        )
-    for path, figure in written.items():
-        save(figure, path)
-    return list(written)
-
-
-def main() -> int:
-    """Draw what the command line asks for, and say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m tools.laguna_figures", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="records")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the PNGs go")
-    args = parser.parse_args()
-    for path in write(args.out, args.files):
-        print(f"{path}, {path.stat().st_size / 1000:.0f} KB")
-    return 0
+    return write_figures(
+        folder,
+        files,
+        FIGURES,
+        lacking="no records of gates or windows; make some with python -m tools.laguna_heads",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("tools.laguna_figures", __doc__, write))

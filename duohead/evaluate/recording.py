@@ -7,7 +7,6 @@ function from a row to its record, and `write_rows` writes rows that are all the
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from duohead.files import write_text
-from duohead.record import Record, record
+from duohead.record import Record, append_record, record
 
 AsRecord = Callable[[Any], Record]
 
@@ -60,11 +59,11 @@ def recording(
         if path is None:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = replace(as_record(row), time=now).to_json() + "\n"
+        entry = replace(as_record(row), time=now)
         if count:
-            _append(path, line.encode())
+            append_record(path, entry)
         else:
-            write_text(path, line)
+            write_text(path, entry.to_json() + "\n")
         count += 1
 
     try:
@@ -75,12 +74,3 @@ def recording(
                 f"{path} holds the {count} record{'' if count == 1 else 's'} finished so far"
             ) from None
         raise
-
-
-def _append(path: str | os.PathLike[str], line: bytes) -> None:
-    """Add a whole line in one write; what the disk had no room for is taken back."""
-    with open(path, "ab", buffering=0) as file:
-        written = file.write(line)
-        if written < len(line):
-            file.truncate(file.tell() - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
