@@ -208,8 +208,8 @@ def test_on_a_gpu_one_tensor_at_a_time_is_copied() -> None:
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     moved = reorder_heads(model, kept(model), probe=False)
-    largest = 64 * 32 * 2
-    assert torch.cuda.max_memory_allocated() - held <= 2 * largest
+    largest, order = 64 * 32 * 2, 64 * 8
+    assert torch.cuda.max_memory_allocated() - held <= 2 * largest + order
     moved.undo()
     assert not changed(model, before)
     reorder_heads(model, kept(model)).undo()

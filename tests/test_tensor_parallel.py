@@ -130,8 +130,11 @@ def policy_of_all(model: Any) -> HeadPolicy:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tmp_path_factory.mktemp("two"), "cpu")
+
+
+def launch(folder: Path, device: str) -> Path:
     """What two processes find on models whose heads were reordered for two ranks; see `everything`."""
-    folder = tmp_path_factory.mktemp("two")
     for family, fields in FAMILIES.items():
         model = tiny(family, **FIELDS, **fields)
         with duo(model, policy_of_all(model)), torch.no_grad():
@@ -144,11 +147,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny("llama", **FIELDS | {"num_key_value_heads": 1}).save_pretrained(folder / "one")
     here = Path(__file__)
     paths = os.pathsep.join([str(here.parent), str(here.parents[1]), *sys.path])
-    common = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    common = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+    if device == "cpu":
+        common["CUDA_VISIBLE_DEVICES"] = ""
     processes = []
     for rank in range(RANKS):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-        command, errors = [sys.executable, str(here), str(folder)], folder / f"{rank}.txt"
+        command, errors = [sys.executable, str(here), str(folder), device], folder / f"{rank}.txt"
         with errors.open("w") as file:
             processes.append(
                 subprocess.Popen(
@@ -160,16 +165,24 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def everything(folder: Path) -> None:
+def everything(folder: Path, device: str) -> None:
     """One of two processes: every model, split by tensor parallelism, under its policy."""
     import torch.distributed as dist
 
     file, limit = f"file://{folder / 'meeting'}", timedelta(seconds=60)
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", file, limit, world_size=RANKS, rank=rank)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    dist.init_process_group(backend, file, limit, world_size=RANKS, rank=rank)
     for family in FAMILIES:
         model, policy = split(folder / family)
-        found = report(model, policy, *torch.load(folder / family / "expected.pt"))
+        there = model.device
+        assert there.type == device
+        expected, answer = (
+            x.to(there) for x in torch.load(folder / family / "expected.pt", weights_only=True)
+        )
+        found = report(model, policy, expected, answer, ids(2).to(there))
         (folder / family / f"{rank}.json").write_text(json.dumps(found))
     model, _ = split(folder / "one")
     alone = HeadPolicy.from_heads(retrieval=[[0], [], []], num_kv_heads=1)
@@ -186,8 +199,8 @@ def split(folder: Path) -> tuple[Any, HeadPolicy]:
 
 
 @torch.no_grad()
-def report(model: Any, policy: HeadPolicy, expected: Any, answer: Any) -> dict[str, Any]:
-    config, before = model.config, model(input_ids=ids(2), use_cache=False).logits
+def report(model: Any, policy: HeadPolicy, expected: Any, answer: Any, text: Any) -> dict[str, Any]:
+    config, before = model.config, model(input_ids=text, use_cache=False).logits
     found: dict[str, Any] = {}
     with duo(model, policy) as own:
         found["heads"] = [layer.num_kv_heads for layer in own.layers]
@@ -196,28 +209,30 @@ def report(model: Any, policy: HeadPolicy, expected: Any, answer: Any) -> dict[s
         cache = DuoCache(own, model)
         logits = [
             model(input_ids=part, past_key_values=cache, use_cache=True).logits
-            for part in ids(2).split(11, dim=1)
+            for part in text.split(11, dim=1)
         ]
         found["error"] = float((torch.cat(logits, 1) - expected).abs().max() / expected.abs().max())
         found["bytes"] = cache.kv_bytes()
         options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
         engine = Engine(model, batch=2, max_length=40)
-        static = {"cache_implementation": "static"}
+        # On a GPU transformers compiles for a static cache, which is not what is asked here.
+        static = {"cache_implementation": "static", "disable_compile": True}
         answers = {
-            "dynamic": model.generate(ids(2), **options),
-            "static": model.generate(ids(2), **options, **static),
-            "chunked": model.generate(ids(2), **options, prefill_chunk_size=8),
-            "generate": generate(model, ids(2), chunk=7, **options).tokens,
-            "engine": generate(model, ids(2), chunk=7, engine=engine, **options).tokens,
+            "dynamic": model.generate(text, **options),
+            "static": model.generate(text, **options, **static),
+            "chunked": model.generate(text, **options, prefill_chunk_size=8),
+            "generate": (auto := generate(model, text, chunk=7, **options)).tokens,
+            "engine": generate(model, text, chunk=7, engine=engine, **options).tokens,
         }
+        found["by"] = auto.engine
         found["wrong"] = [name for name, tokens in answers.items() if not tokens.equal(answer)]
         if isinstance(own, RankPolicy):
             theirs = DuoCache(policy, model)
-            refused("made for another policy", model, input_ids=ids(2), past_key_values=theirs)
+            refused("made for another policy", model, input_ids=text, past_key_values=theirs)
         refused("cannot be moved under a policy", reorder_heads, model, policy)
     with duo(model, own) as again:
         found["again"] = again == own
-    after = model(input_ids=ids(2), use_cache=False).logits
+    after = model(input_ids=text, use_cache=False).logits
     found["restored"] = model.config is config and after.equal(before)
     refused("sharded.; reorder first", reorder_heads, model, policy)
     return found
@@ -225,10 +240,24 @@ def report(model: Any, policy: HeadPolicy, expected: Any, answer: Any) -> dict[s
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_compute_what_one_does_and_share_the_cache(two: Path, family: str) -> None:
+    check(two, family, by="transformers")
+
+
+@pytest.mark.gpu
+def test_two_gpus_compute_what_one_cpu_does_and_share_the_cache(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    launch(tmp_path, "cuda")
+    for family in FAMILIES:
+        check(tmp_path, family, by="graph")
+
+
+def check(two: Path, family: str, *, by: str) -> None:
     found = [json.loads((two / family / f"{rank}.json").read_text()) for rank in range(RANKS)]
     policy = HeadPolicy.from_dict(json.loads((two / family / "policy.json").read_text()))
     shares = rank_shares(policy, ranks=RANKS, tokens=29, batch=2)
     for rank, share in zip(found, shares, strict=True):
+        assert rank["by"] == by
         whole = family == GATHERED
         assert rank["error"] < 1e-5
         assert rank["wrong"] == []
@@ -242,4 +271,4 @@ def test_two_processes_compute_what_one_does_and_share_the_cache(two: Path, fami
 
 
 if __name__ == "__main__":
-    everything(Path(sys.argv[1]))
+    everything(Path(sys.argv[1]), sys.argv[2])

@@ -29,7 +29,6 @@ from duohead.models.engine import Engine, wait
 from duohead.models.interface import STATE, policy_of, unwrap
 from duohead.models.prefill import CHUNK, check_chunk, check_positions, positions_of, prefill
 from duohead.models.sampling import Request, requested
-from duohead.models.tensor_parallel import mesh_of
 
 __all__ = ["ENGINES", "KEPT", "Generation", "check_positions", "generate", "prefill"]
 
@@ -145,9 +144,7 @@ def _engine(
         raise ValueError(
             f"engine={engine!r} needs CUDA, but the model is on {device}; use 'auto' or 'transformers'"
         )
-    # Graphs that hold collectives of several processes are untested, so they are for those who ask.
-    alone = device.type == "cuda" and mesh_of(unwrap(model)) is None
-    if engine == "transformers" or (engine == "auto" and not alone):
+    if engine == "transformers" or (engine == "auto" and device.type != "cuda"):
         if max_length is not None:
             raise ValueError(
                 f"max_length={max_length} is for an engine, but {engine!r} decodes with transformers here; "
