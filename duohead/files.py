@@ -5,6 +5,7 @@ one step that either happened or did not. Use `write_text` or `write_bytes` for 
 insists on writing by itself, and `write_folder` for files that belong together.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -83,7 +84,11 @@ def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) 
     with _parents(target):
         # Beside a new folder, inside an old one: that may be a mount point, and a rename stays on one file system.
         place = target if target.exists() else target.parent
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=place))
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=place))
+        except OSError as error:
+            error.filename = os.fspath(folder)  # not a temporary name, of which nobody has heard
+            raise
         try:
             for name, data in contents.items():
                 (staging / name).write_bytes(data)
@@ -123,7 +128,11 @@ def _replace_each(staging: Path, target: Path, names: list[str]) -> None:
 
 @contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    made = [p for p in target.parents if not p.exists()]
+    last = next(p for p in target.parents if p.exists())
+    if not last.is_dir():
+        text = "is a file, below which nothing can be written; name another place"
+        raise NotADirectoryError(errno.ENOTDIR, text, str(last))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from duohead import files, formats
 from duohead.fingerprint import check, fingerprint, whole
 from duohead.selection import Heads, rank_heads, select_heads
-from duohead.shapes import LayerShape, layer_shapes, text_config
+from duohead.shapes import LayerShape, check_window, layer_shapes, text_config
 
 if TYPE_CHECKING:
     from duohead.policy import HeadPolicy
@@ -74,6 +74,8 @@ class HeadPattern:
             object.__setattr__(self, name, None if value is None else tuple(value))
         _check_integer("sink", self.sink, minimum=0)
         _check_integer("recent", self.recent, minimum=1)
+        check_window("sink", self.sink)
+        check_window("recent", self.recent)
         if alpha.ndim != 2 or 0 in alpha.shape:
             raise ValueError(f"alpha must have shape (layers, kv_heads), got {alpha.shape}")
         _check_alpha(alpha)
@@ -254,6 +256,7 @@ class HeadPattern:
             threshold=threshold,
             ranks=ranks,
             budget_share=budget_share,
+            evict=options.get("evict", True),
         )
         return build(heads)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 
 from duohead import codec
-from duohead.shapes import LayerShape, layer_shapes
+from duohead.shapes import LayerShape, check_window, layer_shapes
 from duohead.storage import LayerPolicy, Store, first_saving, is_int
 
 __all__ = ["HeadPolicy", "LayerPolicy"]
@@ -35,8 +35,8 @@ class HeadPolicy:
         prefill_recent: the same during prefill (calls with more than one new token); None means ``recent``. A larger
             value also enlarges what a streaming head stores, since a later chunk must see as far back.
         retrieval_dtype, streaming_dtype, window_dtype: storage of retrieval heads, of streaming heads, and of the
-            retrieval heads of natively windowed layers, which keep their window: "auto" (the model's dtype), "bf16",
-            "fp8", "int8", "int4", or two of them as "KEYS/VALUES", such as "fp8/int4".
+            retrieval heads of natively windowed layers, which keep their window: "auto" (the model's dtype) or a
+            format of `duohead.codec` ("bf16", "fp8", "int8", "int4", …), or two as "KEYS/VALUES", such as "fp8/int4".
         evict: False lets streaming heads keep and see every token, stored as ``streaming_dtype``: a lower precision
             instead of a shorter memory. ``sink`` and ``recent`` then have no say; native windows stay as they are.
         visibility: "token" (exact), or "chunk" for the reference code's rule, to reproduce published numbers only.
@@ -76,6 +76,8 @@ class HeadPolicy:
             raise ValueError(
                 f"prefill_recent must be an integer >= recent ({self.recent}), got {prefill!r}"
             )
+        for field in ("sink", "recent", "prefill_recent"):
+            check_window(field, getattr(self, field) or 0)
         if self.visibility not in ("token", "chunk"):
             raise ValueError(f"visibility must be 'token' or 'chunk', got {self.visibility!r}")
         for field in ("retrieval_dtype", "streaming_dtype", "window_dtype"):
@@ -209,7 +211,9 @@ class HeadPolicy:
         if layer.retrieval:
             dtype = self.retrieval_dtype if layer.window is None else self.window_dtype
             yield Store("retrieval", layer.retrieval, dtype, 0, layer.window, sees_all=True)
-        if layer.streaming and self.evict:
+        # Where `recent` covers the native window, that is all they see: sinks leave it like any other token.
+        evicts = self.evict and (layer.window is None or layer.window > self.recent)
+        if layer.streaming and evicts:
             ring = min(self.window_tokens, layer.window or self.window_tokens)
             yield Store(
                 "streaming", layer.streaming, self.streaming_dtype, self.sink, ring, sees_all=False

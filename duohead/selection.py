@@ -34,6 +34,7 @@ def select_heads(
     threshold: float | None = None,
     ranks: int = 1,
     budget_share: Callable[[Heads], float] | None = None,
+    evict: bool = True,
 ) -> Heads:
     """The retrieval heads of every layer. Heads that are not gated are always among them (they keep what they have).
 
@@ -45,6 +46,7 @@ def select_heads(
         ranks: tensor-parallel ranks, each holding an equal block of every layer's heads: with ``retrieval_ratio``, each
             rank gets the same number of retrieval heads (the first ranks one more where it does not divide).
         budget_share: bytes of a selection as a share of the dense cache.
+        evict: whether streaming heads forget, which decides what would help where a budget is too small.
 
     Raises:
         ValueError: not exactly one selector, a value out of range, or a budget below what streaming alone takes.
@@ -79,7 +81,7 @@ def select_heads(
         raise ValueError(
             "kv_budget needs a length in tokens to count bytes at; use HeadPattern.policy(tokens=...)"
         )
-    return _within_budget(values, order, value, budget_share)
+    return _within_budget(values, order, value, budget_share, evict=evict)
 
 
 def _matrix(alpha: ArrayLike) -> NDArray[np.float32]:
@@ -107,6 +109,8 @@ def _within_budget(
     order: Sequence[Head],
     budget: float,
     budget_share: Callable[[Heads], float],
+    *,
+    evict: bool,
 ) -> Heads:
     """The longest prefix of ``order`` within the budget; bytes change by the same amount with every head."""
     everything = _per_layer(values, order)
@@ -125,9 +129,14 @@ def _within_budget(
     if best is None:
         # A retrieval head can be the cheaper kind: short texts, or a coarser retrieval_dtype.
         floor = min(most, budget_share(_per_layer(values, ())))
+        remedy = (
+            "lower sink, recent or the storage precision"
+            if evict
+            else "lower the storage precision, or let streaming heads forget (no evict=False, no --keep-all)"
+        )
         raise ValueError(
             f"kv_budget must be at least {floor:.4f} here, the least that any selection takes, got {budget}; "
-            f"raise it, or lower sink, recent or the storage precision"
+            f"raise it, or {remedy}"
         )
     return best
 

@@ -15,6 +15,8 @@ WINDOW_TYPES = frozenset({"sliding_attention"})
 KV_FREE_TYPES = frozenset(
     {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe", "mlp"}
 )
+MOST_WINDOW = 1 << 28
+"""The longest sink or window, in tokens: longer than any text, and well within the 32 bits that kernels count in."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class LayerShape:
     def gated(self) -> bool:
         """Whether the heads of this layer are ranked: it has KV heads and its native attention is global."""
         return self.num_kv_heads > 0 and self.window is None
+
+
+def check_window(name: str, tokens: int) -> None:
+    """Refuse a sink or window of more than `MOST_WINDOW` tokens; ValueError."""
+    if tokens > MOST_WINDOW:
+        raise ValueError(
+            f"{name} must be at most {MOST_WINDOW} tokens, got {tokens}; a head that must see everything is a "
+            f"retrieval head"
+        )
 
 
 def text_config(model_or_config: Any) -> Any:

@@ -72,7 +72,8 @@ class Store:
     """What one kind of head of a layer keeps: all tokens (``ring`` None), or ``sink`` first and ``ring`` last ones.
 
     ``dtype`` names the storage of keys and values (`duohead.codec.pair`). ``sees_all`` tells heads that see whatever
-    the layer's native attention sees: retrieval heads, and streaming heads of a policy that does not evict.
+    the layer's native attention sees: retrieval heads, streaming heads of a policy that does not evict, and streaming
+    heads whose native window is no longer than ``recent``.
     """
 
     kind: Literal["retrieval", "streaming"]

@@ -243,6 +243,7 @@ def test_an_adapter_of_an_adapter_is_refused(adapter, heads) -> None:
 def test_other_mistakes_are_refused(adapter, base) -> None:
     get = DuoheadForCausalLM.from_pretrained
     refused("subfolder must be empty, got 'x'", get, adapter, subfolder="x")
+    refused("base_revision 'v1': of no use for the base", get, adapter, base_revision="v1")
     refused("exactly one of retrieval_ratio", get, adapter, retrieval_ratio=0.5, threshold=0.5)
     refused("holds no head pattern", get, base)
     config = AutoConfig.from_pretrained(adapter)
@@ -346,7 +347,7 @@ def test_a_folder_with_anything_else_in_it_is_not_written_to(adapter, heads, tmp
     (other / ".git").mkdir()
     save.write(other, pattern)  # a fresh clone is as good as empty
     (other / "requirements.txt").write_text("mine\n")
-    refused("requirements.txt is there already and says something else", save.write, other, pattern)
+    refused("requirements.txt is there already and was not written by", save.write, other, pattern)
     different = replace(pattern, alpha=1 - pattern.alpha)
     refused("which differ from these; name a new folder", save.write, adapter, different)
     (tmp_path / "notes").mkdir()

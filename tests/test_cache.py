@@ -64,20 +64,19 @@ class Player:
             row += new
         drafting = self.recording and start > 0 and count <= self.rollback
         recent = self.policy.window_tokens if count > 1 and not drafting else self.policy.recent
-        every = not self.policy.evict
-        assert [view.retrieval for view in views] == [
-            every or s.kind == "retrieval" for s in self.policy.stores(self.index)
-        ]
-        for view in views:
+        stores = list(self.policy.stores(self.index))
+        assert [view.retrieval for view in views] == [spec.sees_all for spec in stores]
+        for view, spec in zip(views, stores, strict=True):
+            keeps = spec.kind == "retrieval" or not self.policy.evict
             for row in range(self.batch):
                 rule = {
-                    "retrieval": view.retrieval, "sink": self.policy.sink, "recent": recent,
+                    "retrieval": keeps, "sink": self.policy.sink, "recent": recent,
                     "window": self.policy.layers[self.index].window,
                     "chunk_start": start - self.padding[row] if chunked else None,
                 }  # fmt: skip
                 self.check(view, row, start, count, rule)
         handle.commit()
-        for spec in self.policy.stores(self.index):
+        for spec in stores:
             places = self.alive[spec.kind] | set(range(start, start + count))
             held = None if spec.ring is None else spec.ring + self.rollback
             self.alive[spec.kind] = {p for p in places if held is None or p >= start + count - held}
@@ -195,12 +194,14 @@ def policies() -> dict[str, HeadPolicy]:
         "no-sink": make(sink=0, recent=1),
         "many-sinks": make(sink=11, recent=2),
         "window": make(windows=[4]),
+        "longer-window": make(windows=[7]),
         "window-of-recent": make(windows=[9], prefill_recent=9),
         "prefill-recent": make(prefill_recent=12),
         "kept": make(evict=False),
         "kept-window": make(evict=False, windows=[4]),
         "chunk": make(visibility="chunk"),
         "chunk-window": make(visibility="chunk", windows=[8]),
+        "chunk-short-window": make(visibility="chunk", windows=[5]),
     }
 
 

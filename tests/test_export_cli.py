@@ -1,8 +1,11 @@
 """`duohead export`: an adapter from a pattern, its card, and what is refused."""
 
 import errno
+import hashlib
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import pytest
 from tiny_adapters import base_and_pattern, laguna_folder, laguna_model
 from transformers import AutoModelForCausalLM
 
-from duohead import HeadPattern, HeadPolicy, record
+from duohead import HeadPattern, HeadPolicy, pocket, record
 from duohead.adapter.load import open_adapter
+from duohead.adapter.save import write
 from duohead.cli import main
 from duohead.cli.export import FLAGS
 from duohead.cli.export_card import card
@@ -107,11 +111,17 @@ def test_the_card_computes_its_bytes_and_tells_how_the_heads_were_found(made, tm
     assert f"smaller at every length from {bound.saves_from():,} tokens" in text
     assert "6 of 12 KV heads keep every token (50.0 %)" in text
     assert "the first 2 and the last 4 tokens" in text
-    assert "| method | drawn by lot |" in text
+    assert "| scorer | drawn by lot |" in text and "| steps | 3 |" in text
+    assert "| share of heads aimed at | unknown |" in text
+    assert "| sink tokens of streaming heads | 2 |" in text
+    assert (
+        "<summary>All that is recorded</summary>\n\n|" in text
+        and "| method | drawn by lot |" in text
+    )
     assert "Nothing yet: there were no records" in text
     assert "trust_remote_code=True" in text and "![Alphas of all heads](heads.png)" in text
     assert not re.search(r"\bNone\b|nan", text)
-    assert "\n\n\n" not in text and text.endswith("|\n")
+    assert "\n\n\n" not in text and text.endswith("\n</details>\n")
     front = text.split("---\n")[1]
     assert "library_name: transformers\n" in front and str(base) not in front
 
@@ -196,6 +206,31 @@ def test_only_a_base_on_the_hub_is_named_to_the_hub(made) -> None:
         assert (f"base_model: {base}\n" in text) is named
 
 
+def test_the_card_names_what_a_reader_asks_first_of_how_heads_were_found(made) -> None:
+    def said(**fields: Any) -> dict[str, str]:
+        pattern = replace(adapter.pattern, **fields)
+        text = card(replace(adapter, pattern=pattern), "a", picture=None, entries=())
+        table = text.split("when the heads were found")[1].split("\n\n")[0]
+        return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.M)[1:])
+
+    adapter = open_adapter(made[1])
+    gates = said(training=HeadPattern.load(pocket.pattern("pocket-laguna")).training)
+    assert gates == {
+        "scorer": "optimise", "steps": "400", "share of heads aimed at": "none", "longest text in tokens": "8192",
+        "sink tokens of streaming heads": "64", "recent tokens of streaming heads": "256",
+    }  # fmt: skip
+    mixed = said(training={"scorer": "optimise", "tasks": ["passkeys", "copy"], "steps": 9})
+    assert mixed["tasks of the samples"] == "passkeys, copy"
+    # Options say all that there is, so what a scorer has none of is no gap.
+    options = {"sink": 8, "recent": 16, "context": None}
+    scored = said(training={"scorer": "profile", "options": options})
+    assert scored == {
+        "scorer": "profile", "longest text in tokens": "the scorer's default",
+        "sink tokens of streaming heads": "8", "recent tokens of streaming heads": "16",
+    }  # fmt: skip
+    assert set(said(training={}, raw_alpha=adapter.pattern.alpha).values()) == {"unknown"}
+
+
 def test_a_laguna_adapter_becomes_one_of_ours(tmp_path) -> None:
     config = laguna_model().config
     config.save_pretrained(tmp_path / "base")
@@ -210,6 +245,7 @@ def test_a_laguna_adapter_becomes_one_of_ours(tmp_path) -> None:
     text = (tmp_path / "a" / "README.md").read_text()
     assert "30 layers have a native window and keep it" in text
     assert "whose gates of all layers are kept as `raw_alpha`" in text
+    assert "| scorer | unknown |" in text and "| sink tokens of streaming heads | 64 |" in text
 
 
 @pytest.mark.parametrize(
@@ -221,7 +257,7 @@ def test_a_laguna_adapter_becomes_one_of_ours(tmp_path) -> None:
         (("--retrieval-ratio", "2"), r"retrieval_ratio must lie in \[0, 1\], got 2.0"),
         (("--streaming-dtype", "int3"), "streaming_dtype must be"),
         (("--keep-all", "--sink", "3"), "--sink: of no use with --keep-all"),
-        (("--base-revision", "v1"), "--base-revision v1: of no use for .*, which is not on the hub"),
+        (("--base-revision", "v1"), "base_revision 'v1': of no use for the base .*, which is not on the hub"),
         (("--tokens", "64"), "--tokens says where --kv-budget counts"),
         (("--retrieval-ratio", "1", "--threshold", "1"), "not allowed with argument"),
         (("--results", "nothing.jsonl"), "nothing.jsonl does not exist"),
@@ -251,12 +287,89 @@ def test_a_full_disk_is_told_with_the_folder_and_nothing_stays(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_card_that_somebody_wrote_is_not_replaced(made, tmp_path, capsys) -> None:
-    assert export(made[1], "--out", tmp_path / "a") == 0
-    (tmp_path / "a" / "README.md").write_text("my own words\n")
-    assert export(made[1], "--out", tmp_path / "a") == 2
-    assert "README.md is there already and says something else" in capsys.readouterr().err
-    assert (tmp_path / "a" / "README.md").read_text() == "my own words\n"
+def test_exporting_again_refreshes_what_was_written_until_somebody_edits_it(
+    made, tmp_path, capsys
+) -> None:
+    out = tmp_path / "a"
+    assert export(made[1], "--out", out) == 0
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(out)  # which writes no card
+    (out / "requirements.txt").write_text("duohead>=0.0.1\n")  # as an older version would have
+    _known(out, "requirements.txt")
+    assert export(made[1], "--out", out, "--retrieval-ratio", 0.25) == 0
+    assert "3 of 12 KV heads keep every token" in (out / "README.md").read_text()
+    assert open_adapter(out).policy.retrieval_ratio == 0.25
+    assert "0.0.1" not in (out / "requirements.txt").read_text()
+    for name, said in (("README.md", b"my own words\n"), ("heads.png", b"my own picture")):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(said)
+        before = contents(out)
+        assert export(made[1], "--out", out, "--retrieval-ratio", 0.5) == 2
+        message = f"{name} is there already and was not written by duohead, or was changed since; move it away"
+        assert message in capsys.readouterr().err
+        assert contents(out) == before
+        (out / name).write_bytes(kept)
+
+
+def test_what_is_recorded_is_on_the_card_whole(made) -> None:
+    adapter = open_adapter(made[1])
+    training = {
+        "tasks": ["code"],
+        "wording": {"outro": "\n| end"},
+        "patience": 0,
+        "context": None,
+        "scores": [0.5] * 17,
+    }
+    pattern = replace(adapter.pattern, training=training)
+    text = card(replace(adapter, pattern=pattern), "a", picture=None, entries=())
+    assert text.split("All that is recorded</summary>")[1].strip().splitlines()[2:-2] == [
+        "| tasks | code |", '| wording | {"outro": "\\n\\| end"} |', "| patience | 0 |",
+        "| scores | 17 values, see `config.json` |",
+    ]  # fmt: skip
+
+
+def test_an_export_that_was_killed_amid_its_renames_can_be_done_again(
+    made, tmp_path, monkeypatch
+) -> None:
+    pattern, out, rename = HeadPattern.load(made[1]), tmp_path / "a", os.replace
+    other = replace(pattern, selection={"retrieval_ratio": 0.25})
+    for survived in range(1, 6):
+        shutil.rmtree(out, ignore_errors=True)
+        write(out, pattern, more={"README.md": b"half"})
+        places = iter([out] * survived)
+
+        def killed(source: Any, target: Any, *, places=places) -> None:
+            if next(places, None):  # after a kill nothing happens, putting back neither
+                rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("duohead.files.os.replace", killed)
+            write(out, other, more={"README.md": b"a quarter"})
+        write(out, other, more={"README.md": b"a quarter"})
+        assert (out / "README.md").read_bytes() == b"a quarter"
+        assert HeadPattern.load(out) == other
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _known(folder: Path, name: str) -> None:
+    """Have the folder say that this file was written as it is."""
+    config = json.loads((folder / "config.json").read_text())
+    config["written_files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("said", ["nothing", None, ["README.md"], {"README.md": 3}])
+def test_a_card_of_which_nothing_is_known_is_not_replaced(made, tmp_path, capsys, said) -> None:
+    out = tmp_path / "a"
+    assert export(made[1], "--out", out) == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "written_files": said}))
+    (out / "README.md").write_text("my own words\n")
+    assert export(made[1], "--out", out) == 2
+    assert "README.md is there already and was not written by" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "my own words\n"
 
 
 def test_the_flags_are_those_listed() -> None:

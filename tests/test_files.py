@@ -77,6 +77,15 @@ def test_a_full_disk_is_an_error_that_names_no_half_file(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_takes_no_folder_is_named_as_the_caller_did(tmp_path, monkeypatch) -> None:
+    def refuse(**options: object) -> str:
+        raise PermissionError(13, "Permission denied", f"{options['dir']}/{options['prefix']}x.tmp")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: '.*/adapter'$"):
+        files.write_folder(tmp_path / "adapter", {"x": b""})
+
+
 def test_a_library_may_write_the_temporary_file_itself(tmp_path: Path) -> None:
     with files.replacing(tmp_path / "picture.png") as temporary:
         assert temporary.suffix == ".png"
@@ -100,6 +109,18 @@ def test_a_folder_is_no_place_for_a_file_nor_a_file_for_a_folder(tmp_path: Path)
         files.write_text(tmp_path, "")
     with pytest.raises(NotADirectoryError, match="name a folder"):
         files.write_folder(tmp_path / "file", {"x": b""})
+
+
+def test_nothing_is_written_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for below in ("x", "x/y"):
+        for write in (
+            lambda path: files.write_text(path, ""),
+            lambda path: files.write_folder(path, {"a": b""}),
+        ):
+            with pytest.raises(NotADirectoryError, match=r"is a file, below which .*/file'$"):
+                write(tmp_path / "file" / below)
+    assert tree(tmp_path) == {"file": b"mine"}
 
 
 def test_a_new_folder_appears_whole(tmp_path: Path) -> None:

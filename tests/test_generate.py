@@ -215,7 +215,7 @@ def test_a_static_cache_serves_a_text_of_exactly_its_length_and_no_token_more(mo
 
 
 @pytest.mark.parametrize(
-    ("codec", "padded"), [("fp8", False), ("int8", True), ("int4", False), ("int4", True)]
+    ("codec", "padded"), [("fp8", False), ("int8", True), ("int4", False), ("int4-hadamard", True)]
 )
 def test_lossy_storage_does_not_depend_on_chunks_or_on_the_kind_of_cache(
     model: Any, codec: str, padded: bool

@@ -25,21 +25,7 @@ PAIRS = [
     (STORY, "and so on and on, " * 4),
 ]
 PROMPTS = [STORY * 3 + "then", "so", STORY + "now", "x" * 40]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return shared.model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return shared.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def policy() -> Any:
-    return shared.policy()
+model, tokenizer, policy = shared.model, shared.tokenizer, shared.policy
 
 
 def asked(lm: Any, *, last: int | None = None) -> tuple[Any, Any, Any]:

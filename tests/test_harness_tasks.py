@@ -29,20 +29,7 @@ from tiny_harness import RECENT, SINK, plan, theirs
 
 from duohead.evaluate.harness_model import PolicyLM
 
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return shared.model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return shared.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def policy() -> Any:
-    return shared.policy()
+model, tokenizer, policy = shared.model, shared.tokenizer, shared.policy
 
 
 @pytest.fixture(scope="module")

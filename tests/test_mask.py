@@ -7,7 +7,8 @@ import torch
 from oracle import sees
 
 from duohead.mask import dense_mask, visible
-from duohead.policy import LayerPolicy
+from duohead.policy import HeadPolicy, LayerPolicy
+from duohead.shapes import MOST_WINDOW
 
 LENGTH = 12
 KINDS = [pytest.param(True, id="retrieval"), pytest.param(False, id="streaming")]
@@ -86,3 +87,15 @@ def test_a_dense_mask_has_one_matrix_per_kv_head() -> None:
     for head in range(3):
         rule = {"retrieval": head == 1, "sink": 1, "recent": 2, "window": 5}
         assert torch.equal(mask[head], written_out(range(7), range(7), **rule))
+
+
+@pytest.mark.parametrize("field", ["sink", "recent", "prefill_recent"])
+def test_the_longest_window_that_a_policy_may_have_fits_the_mask_and_longer_ones_are_refused(
+    field: str,
+) -> None:
+    longest = HeadPolicy.from_heads(retrieval=[[]], num_kv_heads=1, **{field: MOST_WINDOW})
+    mask = dense_mask(LENGTH, LayerPolicy(1), sink=longest.sink, recent=longest.window_tokens)
+    assert torch.equal(mask[0], torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
+    message = f"^{field} must be at most 268435456 tokens, got 10{{30}}; .* is a retrieval head$"
+    with pytest.raises(ValueError, match=message):
+        HeadPolicy.from_heads(retrieval=[[]], num_kv_heads=1, **{field: 10**30})

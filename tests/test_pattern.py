@@ -70,6 +70,7 @@ def test_bad_alphas_are_refused(alpha, message) -> None:
         ({"recent": 0}, "recent must be an integer >= 1, got 0"),
         ({"sink": -1}, "sink must be an integer >= 0, got -1"),
         ({"sink": 1.5}, "sink must be an integer >= 0, got 1.5"),
+        ({"recent": 10**30}, "recent must be at most 268435456 tokens, got 10{30}"),
         ({"windows": [None]}, r"windows must have one entry per layer of alpha \(3\), got 1"),
         ({"windows": [None, "a", None]}, "an entry of windows must be an integer >= 1, got 'a'"),
         ({"kv_heads": [4, 4]}, "kv_heads must have one entry per layer"),
@@ -197,7 +198,18 @@ def test_a_budget_is_met_and_the_next_head_would_exceed_it() -> None:
             "exactly one of retrieval_ratio, kv_budget and threshold",
         ),
         ({"retrieval_ratio": 1.2}, r"retrieval_ratio must lie in \[0, 1\], got 1.2"),
-        ({"kv_budget": 0.0001}, "kv_budget must be at least"),
+        (
+            {"kv_budget": 0.0001},
+            "kv_budget must be at least .*lower sink, recent or the storage precision$",
+        ),
+        (
+            {"kv_budget": 0.0001, "evict": False},
+            "kv_budget must be at least .*lower the storage precision, or let streaming heads forget",
+        ),
+        (
+            {"retrieval_ratio": 0.5, "sink": 10**30},
+            "sink must be at most 268435456 tokens, got 10{30}",
+        ),
         ({"threshold": NAN}, "threshold must lie in"),
         ({"retrieval_ratio": 0.5, "recent": 0}, "recent must be an integer >= 1"),
         ({"retrieval_ratio": 0.5, "streaming_dtype": "int3"}, "streaming_dtype must be one of"),

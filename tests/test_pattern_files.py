@@ -147,6 +147,7 @@ def _put(name: str, data: bytes):
         (_edit(sink_size=-1), "sink_size must be an integer >= 0, got -1"),
         (_edit(recent_size=0), "recent_size must be an integer >= 1, got 0"),
         (_edit(recent_size=True), "recent_size must be an integer >= 1, got True"),
+        (_edit(sink_size=10**30), "config.json: sink_size must be at most 268435456 tokens, got 10{30}"),
         (_edit(training=[1]), "training must be of type dict or null"),
         (_edit(gated_layers=[True] * 3), "gated_layers disagrees with the alphas"),
         (_edit(native_windows=[1]), r"windows must have one entry per layer"),
@@ -292,9 +293,14 @@ def test_layers_that_an_adapters_model_windows_are_not_ranked(tmp_path: Path) ->
     assert (loaded.windows, loaded.kv_heads) == ((None, 7), (2, 2))
     loaded.save(tmp_path / "ours")
     assert HeadPattern.load(tmp_path / "ours") == loaded
-    (folder / CONFIG).write_text(json.dumps({**model, "layer_types": ["full_attention"]}))
-    with pytest.raises(ValueError, match="expected the config of a model with 2 layers"):
-        HeadPattern.load(folder)
+    for other in (
+        {"layer_types": ["full_attention"]},
+        {"layer_types": {"0": "full_attention"}},
+        {"num_key_value_heads": float("inf")},
+    ):
+        (folder / CONFIG).write_text(json.dumps({**model, **other}))
+        with pytest.raises(ValueError, match="expected the config of a model with 2 layers"):
+            HeadPattern.load(folder)
 
 
 class Hostile:
@@ -359,6 +365,7 @@ def test_a_place_that_holds_no_pattern_is_refused(tmp_path: Path) -> None:
         (tmp_path / "missing", "no such folder"),
         ("a/b/c", "a/b/c: no such folder, and not a hub id either"),
         ("./missing", "no such folder, and not a hub id either"),
+        ("pocket", r"not a hub id either; .*bundled ones lie at duohead.pocket.pattern\(model\)"),
     ):
         with pytest.raises(ValueError, match=message):
             HeadPattern.load(path)

@@ -15,7 +15,7 @@ from duohead.cache import DuoCache
 from duohead.policy import HeadPolicy, LayerPolicy
 from duohead.storage import MAX_STEP, Store, capacity
 
-DTYPES = ("auto", "bf16", "fp8", "int8", "int4")
+DTYPES = ("auto", "bf16", "fp8", "int8", "int4", "int4-hadamard")
 
 
 def config(layers=2, kv_heads=4, head_dim=64, **more) -> LlamaConfig:
@@ -45,8 +45,8 @@ def two_layers(**fields) -> HeadPolicy:
         ),
         (
             {"retrieval_dtype": "fp4"},
-            "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, or two of them as KEYS/VALUES such as "
-            "'fp8/int4', got 'fp4'",
+            "retrieval_dtype must be one of auto, bf16, fp8, int8, int4, int4-hadamard, or two of them as KEYS/VALUES "
+            "such as 'fp8/int4', got 'fp4'",
         ),
         (
             {"retrieval_dtype": "fp8/int4/int8"},
@@ -374,12 +374,15 @@ def test_a_policy_says_what_each_layer_stores() -> None:
         [everything(0, dtype="fp8"), Store("streaming", (1,), "int4", 4, 48, sees_all=False)],
         [Store("streaming", (0, 1), "int4", 4, 48, sees_all=False)],
         [everything(0, 1, dtype="fp8")],
+        # The window is all that they see, as `recent` reaches further.
         [
             everything(1, dtype="bf16", ring=16),
-            Store("streaming", (0,), "int4", 4, 16, sees_all=False),
+            everything(0, dtype="int4", ring=16, kind="streaming"),
         ],
         [],
     ]
+    shorter = replace(policy, recent=15)
+    assert list(shorter.stores(3))[1] == Store("streaming", (0,), "int4", 4, 16, sees_all=False)
     kept = replace(policy, evict=False, prefill_recent=None)
     assert [store for index in (0, 3) for store in kept.stores(index)] == [
         everything(0, dtype="fp8"), everything(1, dtype="int4", kind="streaming"),

@@ -145,6 +145,7 @@ def test_the_command_writes_the_answer_and_the_cost(
     sampled = (
         "--temperature 0.7 --top-p 0.9 --kv-budget 0.9 --recent 64 --prefill-recent 80".split()
     )
+    command[command.index("--policy")] = "--pattern"
     assert main([*command, *sampled, "--max-new-tokens", "2"]) == 0
     assert "2 new at" in capsys.readouterr().err
 

@@ -245,7 +245,7 @@ def test_a_static_store_keeps_its_addresses() -> None:
         assert [tensor.data_ptr() for tensor in store.slots.keys + store.slots.values] == before
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4", "fp8/int4", "int4/auto"])
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4", "fp8/int4", "int4-hadamard/auto"])
 def test_what_is_read_is_the_round_trip_of_what_was_written(name) -> None:
     storage = codec.pair(name, native=torch.float32)
     keys, values = torch.randn(2, HEADS, 70, 64), torch.randn(2, HEADS, 70, 32)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_evaluation
 import yaml
 from lm_eval.api.instance import Instance
@@ -19,10 +20,12 @@ SINK, RECENT = 4, 16
 STORY = "a fox and a hen went over nine hills to see the sea; "
 
 
+@pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_evaluation.model(positions=256)
 
 
+@pytest.fixture(scope="module")
 def tokenizer() -> Any:
     made = tiny_evaluation.tokenizer()
     made.add_special_tokens({"eos_token": "~"})
@@ -33,6 +36,7 @@ def tokenizer() -> Any:
     return made
 
 
+@pytest.fixture(scope="module")
 def policy() -> Any:
     return tiny_evaluation.pattern().policy(retrieval_ratio=0.5, sink=SINK, recent=RECENT)
 

@@ -245,6 +245,10 @@ def _base(
     local = found[:1] in "./~\\" or found.count("/") > 1
     if local and not Path(found).is_dir():
         raise _not_found(name, found, wanted, FileNotFoundError("there is no such folder"))
+    if base_revision is not None and (Path(found).is_dir() or found in pocket.NAMES):
+        raise ValueError(
+            f"base_revision {base_revision!r}: of no use for the base {found}, which is not on the hub; leave it out"
+        )
     return found, wanted
 
 

@@ -1,11 +1,13 @@
 """Writing an adapter repository: the pattern's files, remote code that names this package, and no weights.
 
 `write(folder, pattern)` is what `duohead export` and `model.save_pretrained` of a loaded adapter do. A folder is never
-written over unless it holds the same heads, because gates cost hours and a wrong path is quickly typed.
+written over unless it holds the same heads, because gates cost hours and a wrong path is quickly typed. Card and code
+are replaced only while they are as they were written, which digests in config.json tell, because people edit cards.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import types
@@ -47,6 +49,8 @@ AUTO_MAP = {
     "AutoConfig": "modeling_duohead.DuoheadConfig",
     "AutoModelForCausalLM": "modeling_duohead.DuoheadForCausalLM",
 }
+# Key of config.json: files beside the pattern's own, name to SHA-256 of what was written.
+WRITTEN = "written_files"
 KEPT = "_duohead_adapter"
 MARKED = 16  # numbers of each weight that are remembered
 _REMEDY = (
@@ -101,7 +105,7 @@ def contents(pattern: HeadPattern) -> dict[str, bytes]:
     config = {**json.loads(made[formats.CONFIG]), "auto_map": AUTO_MAP}
     return {
         **made,
-        formats.CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
+        formats.CONFIG: _json(config),
         MODULE: SOURCE.encode(),
         REQUIREMENTS: f"duohead>={__version__}\n".encode(),
     }
@@ -117,7 +121,11 @@ def write(
         OSError: the place cannot be written to, or is full; nothing has changed there.
     """
     made = {**contents(pattern), **(more or {})}
-    check_target(folder, pattern, made)
+    known = check_target(folder, pattern, made)
+    config = json.loads(made.pop(formats.CONFIG))
+    config[WRITTEN] = {**known, **{name: _sha256(made[name]) for name in _others(made)}}
+    # Last: after a kill amid the renames, the same export again finds its own files, and no digests of missing ones.
+    made[formats.CONFIG] = _json(config)
     try:
         files.write_folder(folder, made)
     except OSError as error:
@@ -128,24 +136,28 @@ def write(
 
 
 def check_target(
-    folder: str | os.PathLike[str], pattern: HeadPattern, made: Mapping[str, bytes | None]
-) -> None:
+    folder: str | os.PathLike[str], pattern: HeadPattern, made: Mapping[str, bytes]
+) -> dict[str, str]:
     """Refuse a folder in which writing would replace something that is not made from `pattern`.
 
     Args:
         folder: where an adapter is to go; a new or empty one is fine, hidden files (``.git``) do not count.
         pattern: what the adapter holds.
-        made: files to be written and, where it is known by now, their content.
+        made: files to be written, name to content.
+
+    Returns:
+        Digests of what was written there before, by name; files that were changed since are not to be written over.
 
     Raises:
-        ValueError: the folder is a file, holds other files, other heads, or another card; the message says which.
+        ValueError: the folder is a file, holds other files, other heads, or a file that somebody else wrote or changed;
+            the message says which.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; name a new folder for the adapter")
     found = sorted(path.name for path in target.glob("[!.]*")) if target.exists() else []
     if not found:
-        return
+        return {}
     if formats.TENSORS not in found:
         raise ValueError(
             f"{target} holds other files ({', '.join(found[:5])}); name a new folder for the adapter"
@@ -155,11 +167,30 @@ def check_target(
         raise ValueError(
             f"{target} holds the heads of {there.base_model}, which differ from these; name a new folder"
         )
-    for name in (CARD, MODULE, REQUIREMENTS):
-        if name in found and name in made and (target / name).read_bytes() != made[name]:
-            raise ValueError(
-                f"{target / name} is there already and says something else; move it away or name a new folder"
-            )
+    known = json.loads((target / formats.CONFIG).read_bytes()).get(WRITTEN)
+    known = known if isinstance(known, dict) else {}
+    for name in _others(made):
+        if name in found:
+            before = (target / name).read_bytes()
+            if before != made[name] and _sha256(before) != known.get(name):
+                raise ValueError(
+                    f"{target / name} is there already and was not written by duohead, or was changed since; move it "
+                    f"away to have a new one, or name a new folder"
+                )
+    return known
+
+
+def _others(made: Mapping[str, bytes]) -> list[str]:
+    """Names of the files that are not the pattern's own."""
+    return [name for name in made if name not in (formats.CONFIG, formats.TSV, formats.TENSORS)]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _json(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _same_heads(one: HeadPattern, other: HeadPattern) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from duohead.pattern import HeadPattern
 
 MODEL_FLAGS = ("--dtype", "--device")
+SELECTOR_FLAGS = ("--retrieval-ratio", "--kv-budget", "--threshold")
 WINDOW_FLAGS = ("--sink", "--recent", "--prefill-recent")
 STORAGE_FLAGS = ("--retrieval-dtype", "--streaming-dtype", "--window-dtype", "--keep-all")
 DEFAULT_TEXT = "CPython documentation"
@@ -84,6 +85,31 @@ def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
+def add_selector_flags(parser: Any, *, default: str = "", text: str = "--tokens tokens") -> None:
+    """Add SELECTOR_FLAGS, of which one may be given: which heads keep all; None where they are not given.
+
+    Args:
+        parser: what they are added to.
+        default: what holds without them, in words.
+        text: what --kv-budget counts the bytes of, in words.
+    """
+    add = parser.add_mutually_exclusive_group().add_argument
+    told = f" ({default})" if default else ""
+    helps = (
+        ("R", f"share of gated heads that keep all{told}"),
+        ("B", f"share of the dense cache's bytes to spend on {text}"),
+        ("T", "heads with alpha >= T keep all"),
+    )
+    for flag, (metavar, what) in zip(SELECTOR_FLAGS, helps, strict=True):
+        add(flag, type=float, metavar=metavar, help=what)
+
+
+def selector(args: argparse.Namespace) -> dict[str, Any]:
+    """The one of SELECTOR_FLAGS that was given, as `HeadPattern.policy` takes it; empty if none was."""
+    names = ("retrieval_ratio", "kv_budget", "threshold")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def add_window_flags(parser: Any) -> None:
     """Add WINDOW_FLAGS: which tokens streaming heads keep and see; None where they are not given."""
     for flag, what in zip(
@@ -109,7 +135,8 @@ def add_storage_flags(parser: Any) -> None:
             f"--{kind}-dtype",
             default="auto",
             metavar="D",
-            help=f"storage of {heads}: bf16, fp8, int8, int4, or KEYS/VALUES such as fp8/int4 (the model's dtype)",
+            help=f"storage of {heads}: bf16, fp8, int8, int4, int4-hadamard, or KEYS/VALUES such as fp8/int4 "
+            "(the model's dtype)",
         )
     parser.add_argument(
         "--keep-all",

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duohead.cli.common import (
+    SELECTOR_FLAGS,
     STORAGE_FLAGS,
     WINDOW_FLAGS,
+    add_selector_flags,
     add_storage_flags,
     add_window_flags,
+    selector,
     storage_fields,
 )
 
@@ -31,9 +34,7 @@ FLAGS = (
     "--base-revision",
     "--out",
     "--name",
-    "--retrieval-ratio",
-    "--kv-budget",
-    "--threshold",
+    *SELECTOR_FLAGS,
     "--tokens",
     *WINDOW_FLAGS,
     *STORAGE_FLAGS,
@@ -56,24 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="branch, tag or commit of the base (the commit that the hub has now)",
     )
-    add("--out", required=True, metavar="ADAPTER", help="folder to write, new or empty")
+    add(
+        "--out",
+        required=True,
+        metavar="ADAPTER",
+        help="folder to write: new, empty, or an earlier export of these heads to refresh",
+    )
     add("--name", metavar="ID", help="hub id that the card shows for it (the folder's name)")
-    selector = parser.add_mutually_exclusive_group()
-    selector.add_argument(
-        "--retrieval-ratio",
-        type=float,
-        metavar="R",
-        help="share of heads that keep all (as the pattern recommends, else 0.5)",
-    )
-    selector.add_argument(
-        "--kv-budget",
-        type=float,
-        metavar="B",
-        help="share of the dense cache's bytes to spend on --tokens tokens",
-    )
-    selector.add_argument(
-        "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
-    )
+    add_selector_flags(parser, default="as the pattern recommends, else 0.5")
     add("--tokens", type=int, metavar="N", help="length at which --kv-budget counts (32768)")
     add_window_flags(parser)
     add_storage_flags(parser)
@@ -101,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
             base_model=args.base,
             base_revision=args.base_revision,
         ),
-        args.base_revision,
         notes,
     )
     entries = _results(args, adapter, notes)
@@ -123,36 +113,29 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "--tokens says where --kv-budget counts; give a --kv-budget, or leave it out"
         )
-    names = (
-        *("retrieval_ratio", "kv_budget", "threshold"),
-        *("tokens", "sink", "recent", "prefill_recent"),
-    )
+    names = ("tokens", "sink", "recent", "prefill_recent")
     storage = storage_fields(args)
     default = {"evict": True}
     return {
+        **selector(args),
         **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
         **{name: value for name, value in storage.items() if value != default.get(name, "auto")},
     }
 
 
-def _portable(adapter: Adapter, revision: str | None, notes: list[str]) -> Adapter:
+def _portable(adapter: Adapter, notes: list[str]) -> Adapter:
     """The adapter with its base pinned: to a commit on the hub, or to a place on this machine, with a word about it."""
     from duohead import pocket
     from duohead.shapes import text_config
 
     pattern = adapter.pattern
     base = str(pattern.base_model)
-    here = Path(base).is_dir() or base in pocket.NAMES
-    if here and revision is not None:
-        raise ValueError(
-            f"--base-revision {revision}: of no use for {base}, which is not on the hub; leave it out"
-        )
     if Path(base).is_dir():
         notes.append(
             f"the base {base} is a folder of this machine; to share the adapter, give --base a hub id"
         )
         pattern = replace(pattern, base_model=str(Path(base).resolve()), base_revision=None)
-    elif not here:
+    elif base not in pocket.NAMES:
         pattern = replace(pattern, base_revision=_commit(base, pattern.base_revision))
     kind = getattr(text_config(adapter.config), "model_type", None)
     return replace(adapter, pattern=replace(pattern, base_type=kind))

@@ -8,8 +8,9 @@ all there is to call.
 from __future__ import annotations
 
 import io
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,20 @@ if TYPE_CHECKING:
     from duohead.adapter.load import Adapter
     from duohead.evaluate.collect import Entry
     from duohead.evaluate.scores import Score
+    from duohead.pattern import HeadPattern
     from duohead.policy import HeadPolicy
 
 WINDOW = ("sink", "recent", "prefill_recent")
+MANY = 16  # values that are too many for a cell of a table
 LENGTHS = (1024, 4096, 16384, 32768, 65536, 131072)
+TARGET = "share of heads aimed at"
+MAKING = {
+    "scorer": ("scorer", "method"),
+    "steps": ("steps_done", "steps", "num_steps"),
+    TARGET: ("target",),
+    "tasks of the samples": ("tasks", "dataset_format"),
+    "longest text in tokens": ("context_max", "context_length_max", "context", "tokens"),
+}
 USAGE = """
 ```python
 # pip install duohead
@@ -203,25 +214,52 @@ def _is_policy(entry: Entry, policy: HeadPolicy, adapter: Adapter) -> bool:
 
 
 def _found(adapter: Adapter) -> str:
-    """What the pattern says of its making."""
-    training = dict(adapter.pattern.training)
-    cost = training.pop("cost", None)
-    plain = {k: v for k, v in training.items() if isinstance(v, str | int | float)}
+    """How the pattern was made: what matters most, unknown where it does not say; then all that it records."""
+    pattern = adapter.pattern
+    recorded = dict(pattern.training)
+    cost, options = recorded.pop("cost", None), recorded.pop("options", None)
+    recorded |= options if isinstance(options, dict) else {}
     text = "## How the heads were found\n\n"
-    if adapter.pattern.raw_alpha is not None:
+    if pattern.raw_alpha is not None:
         text += (
             "By another tool, whose gates of all layers are kept as `raw_alpha` in `duohead.safetensors`; here, layers "
             "with a native window are not ranked.\n\n"
         )
-    if plain:
-        text += _rows(("", "recorded"), [(key, f"{value}") for key, value in plain.items()])
-    elif adapter.pattern.raw_alpha is None:
-        text += "The pattern does not say.\n"
+    text += _rows(("", "when the heads were found"), _making(pattern, recorded))
     if isinstance(cost, dict):
         text += "\nIts cost, counted while it ran:\n\n" + _rows(
             ("", "counted"), [(key, _count(value)) for key, value in cost.items()]
         )
+    said = [(key, _said(value)) for key, value in recorded.items() if value is not None]
+    if said:
+        rows = _rows(("", "recorded"), said)
+        text += f"\n<details><summary>All that is recorded</summary>\n\n{rows}\n</details>\n"
     return text
+
+
+def _making(pattern: HeadPattern, recorded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a reader asks first, under the names that our scorers and other tools record it by."""
+    ours = "scorer" in recorded  # which records all options that it has
+    for label, names in MAKING.items():
+        found = [recorded[name] for name in names if name in recorded]
+        if found and found[0] is not None:
+            yield label, "none" if label == TARGET and not found[0] else _said(found[0])
+        elif found or not ours:
+            yield label, "the scorer's default" if found else "unknown"
+    for name in ("sink", "recent"):
+        # Of another tool's adapter, the pattern's own window is the one to run with.
+        own = None if pattern.raw_alpha is not None else getattr(pattern, name)
+        value = recorded.get(name, own)
+        yield f"{name} tokens of streaming heads", "unknown" if value is None else f"{value}"
+
+
+def _said(value: Any) -> str:
+    """What a pattern records of one thing, in a cell of a table."""
+    if isinstance(value, list | tuple):
+        if len(value) > MANY:
+            return f"{len(value)} values, see `config.json`"
+        return ", ".join(map(_said, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else f"{value}"
 
 
 def _count(value: Any) -> str:

@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from duohead.cli.common import (
+    SELECTOR_FLAGS,
     STORAGE_FLAGS,
     WINDOW_FLAGS,
     add_model_flags,
+    add_selector_flags,
     add_storage_flags,
     add_window_flags,
     load_pattern,
+    selector,
     storage_fields,
 )
 from duohead.pocket import NAMES
 
 FLAGS = (
     "--policy",
-    "--retrieval-ratio",
-    "--kv-budget",
-    "--threshold",
+    "--pattern",
+    *SELECTOR_FLAGS,
     *WINDOW_FLAGS,
     *STORAGE_FLAGS,
     "--prompt-file",
@@ -48,23 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help=f"{', '.join(NAMES)}, a folder or a hub id")
     add(
         "--policy",
+        "--pattern",  # as evaluate calls it
         required=True,
         metavar="FOLDER",
         help="pattern that `duohead identify` wrote, a hub id, or a bundled model",
     )
-    selector = parser.add_mutually_exclusive_group()
-    selector.add_argument(
-        "--retrieval-ratio", type=float, metavar="R", help="share of heads that keep all (0.5)"
-    )
-    selector.add_argument(
-        "--kv-budget",
-        type=float,
-        metavar="B",
-        help="share of the dense cache's bytes to spend on this text",
-    )
-    selector.add_argument(
-        "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
-    )
+    add_selector_flags(parser, default="0.5", text="this text")
     add_window_flags(parser)
     add_storage_flags(parser)
     add(
@@ -187,12 +178,8 @@ def _prompt(path: str) -> str:
 
 def _selection(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `HeadPattern.policy`."""
-    selectors = {
-        name: getattr(args, name) for name in ("retrieval_ratio", "kv_budget", "threshold")
-    }
-    chosen = {name: value for name, value in selectors.items() if value is not None}
     return {
-        **(chosen or {"retrieval_ratio": 0.5}),
+        **(selector(args) or {"retrieval_ratio": 0.5}),
         "sink": args.sink,
         "recent": args.recent,
         "prefill_recent": args.prefill_recent,

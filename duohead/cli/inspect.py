@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from duohead.cli.common import (
+    SELECTOR_FLAGS,
     STORAGE_FLAGS,
+    add_selector_flags,
     add_storage_flags,
     at_least,
     load_pattern,
+    selector,
     storage_fields,
 )
 from duohead.cli.given import Given, refuse
@@ -31,9 +34,7 @@ if TYPE_CHECKING:
 
 CAPACITY_FLAGS = ("--model", "--weights", "--memory", "--chunk")
 FLAGS = (
-    "--retrieval-ratio",
-    "--kv-budget",
-    "--threshold",
+    *SELECTOR_FLAGS,
     "--sink",
     "--recent",
     "--tokens",
@@ -57,16 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder of a pattern, its hub id, or a bundled model",
     )
-    selector = parser.add_mutually_exclusive_group()
-    selector.add_argument(
-        "--retrieval-ratio", type=float, metavar="R", help="share of gated heads that keep all"
-    )
-    selector.add_argument(
-        "--kv-budget", type=float, metavar="B", help="share of the dense cache's bytes to spend"
-    )
-    selector.add_argument(
-        "--threshold", type=float, metavar="T", help="heads with alpha >= T keep all"
-    )
+    add_selector_flags(parser)
     parser.add_argument(
         "--sink", type=int, metavar="N", help="first tokens kept by streaming heads (pattern's own)"
     )
@@ -271,17 +263,16 @@ def _geometry(pattern: HeadPattern, given: int | None) -> Geometry:
 def _selected(
     pattern: HeadPattern, args: argparse.Namespace, geometry: Geometry
 ) -> HeadPolicy | None:
-    names = ("retrieval_ratio", "kv_budget", "threshold")
-    selector = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return _policy(pattern, args, selector, geometry) if selector else None
+    chosen = selector(args)
+    return _policy(pattern, args, chosen, geometry) if chosen else None
 
 
 def _policy(
-    pattern: HeadPattern, args: argparse.Namespace, selector: dict[str, Any], geometry: Geometry
+    pattern: HeadPattern, args: argparse.Namespace, chosen: dict[str, Any], geometry: Geometry
 ) -> HeadPolicy:
     """The policy of a selection, bound to the model if its config is known."""
     options = {"sink": args.sink, "recent": args.recent, **storage_fields(args)}
-    policy = pattern.policy(**selector, **options, tokens=args.tokens, head_dim=geometry.head_dim)
+    policy = pattern.policy(**chosen, **options, tokens=args.tokens, head_dim=geometry.head_dim)
     return policy if geometry.config is None else policy.bind(geometry.config, dtype="bfloat16")
 
 

@@ -50,7 +50,7 @@ def probe(
             expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
         with installed():
             found = _cached_logits(model, policy, ids, name)
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+    error = relative_error(found, expected)
     limit = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
     if not error <= limit:
         raise ValueError(
@@ -58,6 +58,11 @@ def probe(
             f"attention by {error:.2g} (relative, limit {limit:g}); keys or values are "
             f"changed after cache.update, or masks differ"
         )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Length of the difference as a share of the expected length; NaN is passed on, so ask for ``error <= limit``."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def some_tokens(model: PreTrainedModel) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from duohead.models.head_tensors import INSTEAD
-from duohead.models.probe import evaluating, some_tokens
+from duohead.models.probe import evaluating, relative_error, some_tokens
 
 # Relative difference of an attention module's output: sums of the output projection are rounded in another order, and
 # norms of a fp64 model may work in fp32.
@@ -63,8 +63,7 @@ def check_unchanged(calls: Sequence[AttentionCall]) -> None:
     for call in calls:
         with evaluating(call.module):
             found = _first(call.module(*call.args, **call.kwargs))
-        expected = call.output.double()
-        error = float((found.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+        error = relative_error(found.double(), call.output.double())
         limit = TOLERANCE.get(call.output.dtype, LOW_PRECISION_TOLERANCE)
         if not error <= limit:
             raise ValueError(
