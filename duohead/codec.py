@@ -19,6 +19,9 @@ Encoded = tuple[Tensor, ...]
 # Largest stored level of each format.
 FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 15.0
 GROUP = 128
+HADAMARD = "int4-hadamard"
+# Channels that a rotation mixes, at least.
+LEAST_BLOCK = 4
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,77 @@ def _group(head_dim: int) -> int:
     return max(size for size in range(2, min(head_dim, GROUP) + 1, 2) if head_dim % size == 0)
 
 
+def rotation(name: str, head_dim: int) -> int:
+    """Log2 of the number of consecutive channels that a codec mixes with each other; 0 if it rotates nothing.
+
+    Raises:
+        ValueError: a head size whose channels cannot be mixed in blocks of LEAST_BLOCK or more.
+    """
+    if name != HADAMARD:
+        return 0
+    group = _group(head_dim)
+    # The largest power of two that divides it.
+    block = group & -group
+    if block < LEAST_BLOCK:
+        raise ValueError(
+            f"{HADAMARD} storage needs groups of a multiple of {LEAST_BLOCK} channels, but those of head_dim "
+            f"{head_dim} have {group}; use 'int4' for this model"
+        )
+    return block.bit_length() - 1
+
+
+def layout(name: str) -> str:
+    """How the vectors of a codec lie in memory: the codec with the same parts that rotates nothing."""
+    return "int4" if name == HADAMARD else name
+
+
+def _encode_hadamard(x: Tensor) -> Encoded:
+    head_dim = x.shape[-1]
+    bits = rotation(HADAMARD, head_dim)
+    return _encode_int4(_rotated(x.float(), bits, -(bits // 2)))
+
+
+def _decode_hadamard(stored: Encoded, head_dim: int, out: torch.dtype) -> Tensor:
+    bits = rotation(HADAMARD, head_dim)
+    return _rotated(_decode_int4(stored, head_dim, torch.float32), bits, -((bits + 1) // 2)).to(out)
+
+
+def _hadamard_parts(head_dim: int) -> tuple[tuple[torch.dtype, int], ...]:
+    rotation(HADAMARD, head_dim)  # refuses head sizes before anything is stored
+    return _int4_parts(head_dim)
+
+
+def _rotated(x: Tensor, bits: int, power: int) -> Tensor:
+    """``2^power S H S x`` of each block of 2^bits channels: H the Walsh-Hadamard matrix, S signs; (S H S)^2 = 2^bits.
+
+    Powers of two are exact, so that a rotation and its inverse share the factor 2^-bits between them, and sums have a
+    fixed order: the bits are the same on every device and in every batch.
+    """
+    size = 1 << bits
+    signs = _signs(size, x.device)
+    x = x.unflatten(-1, (x.shape[-1] // size, size))
+    # Ahead of the sums, which could overflow otherwise.
+    x = x * (signs * 2.0**-bits)
+    for _ in range(bits):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        x = torch.cat((even + odd, even - odd), dim=-1)
+    return (x * (signs * 2.0 ** (bits + power))).flatten(-2)
+
+
+def _signs(size: int, device: torch.device) -> Tensor:
+    """The first Golay-Rudin-Shapiro signs: -1 where a number has an odd count of adjacent ones in binary.
+
+    H alone would gather a vector of equal numbers into one large one, and an error that all numbers of a stored vector
+    share into one channel. These signs spread both evenly, within the root of two; signs drawn at random do less well.
+    """
+    # On the device and without a table: a captured graph must neither copy from the host nor keep what it has made.
+    channel = torch.arange(size, device=device)
+    pairs = channel & (channel >> 1)
+    for shift in (4, 2, 1):
+        pairs = pairs ^ (pairs >> shift)
+    return 1.0 - 2.0 * (pairs & 1).float()
+
+
 def _over(x: Tensor, levels: float) -> Tensor:
     """``x`` / ``levels``, rounded correctly on every device, so that the stored bits are the same on all of them."""
     # By a number, CUDA would multiply with its rounded reciprocal instead.
@@ -174,8 +248,9 @@ _CODECS = {
         "int8", _encode_int8, _decode_int8, lambda d: ((torch.int8, d), (torch.float16, 1))
     ),
     "int4": Codec("int4", _encode_int4, _decode_int4, _int4_parts),
+    HADAMARD: Codec(HADAMARD, _encode_hadamard, _decode_hadamard, _hadamard_parts),
 }
-NAMES = ("auto", "bf16", "fp8", "int8", "int4")
+NAMES = ("auto", "bf16", "fp8", "int8", "int4", HADAMARD)
 _NATIVE = {
     torch.float32: "fp32",
     torch.float16: "fp16",

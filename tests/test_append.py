@@ -16,9 +16,9 @@ from duohead.cache.store import GrowingStore, StaticStore, encode_pair
 from duohead.cache.view import Segment, StoredView, pick_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("auto", "bf16", "fp8", "int8", "int4")
-SCALED = ("fp8", "int8", "int4")
-PAIRS = ("fp8/int4", "int4/auto", "auto/int8", "bf16/fp8", "int8/int4")
+NAMES = ("auto", "bf16", "fp8", "int8", "int4", "int4-hadamard")
+SCALED = NAMES[2:]
+PAIRS = ("fp8/int4", "int4-hadamard/int8", "int4/auto", "auto/int8", "bf16/fp8", "int8/int4")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 DTYPES = [torch.float32, torch.float16]
 if torch.cuda.is_available():
@@ -141,8 +141,10 @@ class Layer:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_stored_bits_are_those_of_the_codec(name, dtype) -> None:
-    for dim, value_dim in ((64, 64), (80, 112), (96, 96), (128, 64), (256, 256), (192, 2)):
+    least = 4 if name == "int4-hadamard" else 2
+    for dim, value_dim in ((64, 64), (80, 112), (96, 96), (128, 64), (256, 256), (192, least)):
         keys, values = hard_vectors(dim, dtype), hard_vectors(value_dim, dtype)
         count = keys.shape[2]
         both = twins(name, (keys, values), lambda c, p: StaticStore(c, p, max_length=200))
@@ -262,6 +264,7 @@ def test_sinks_first_and_the_ring_after_attention_is_the_same_as_all_at_once() -
 
 
 @pytest.mark.parametrize("name", SCALED)
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 def test_infinities_clip_and_nan_stays_nan_in_its_own_group(name) -> None:
     x = normal(1, 1, 6, 256)
     inf, nan = float("inf"), float("nan")

@@ -57,7 +57,7 @@ def sampled_cases(count: int) -> list[Case]:
     axes = (
         (1, 63, 127, 129, 300), (0, 1, 4, 64), (1, 63, 256), (1, 4, 7, 8), (64, 128),
         ("none", "all", "alternating", "random"), (1, 7, 64, None), (False, True),
-        (torch.float32, torch.bfloat16), ("auto", "auto", "int8", "int4"),
+        (torch.float32, torch.bfloat16), ("auto", "auto", "int8", "int4", "int4-hadamard"),
     )  # fmt: skip
     draw = random.Random(2410)
     decks = [

@@ -131,6 +131,9 @@ def test_the_presets_hold_the_shapes_of_their_tables() -> None:
     assert {(case.length, case.sink, case.recent) for case in streaming if not case.past} == {
         (length, 128, 256) for length in (8192, 32768, 131072)
     }
+    rotated = [case for case in cases["rotation"] if case.retrieval_dtype == "int4-hadamard"]
+    plain = [replace(case, retrieval_dtype="int4", streaming_dtype="int4") for case in rotated]
+    assert {*rotated, *plain} == {*cases["rotation"]}
     shapes = cases["shapes"]
     assert any(case.batch == 8 and case.length == 65536 for case in shapes)
     assert {case.heads // case.kv_heads for case in shapes} >= {1, 4, 7}

@@ -80,7 +80,7 @@ def test_unknown_weights_are_refused() -> None:
 
 
 @pytest.mark.parametrize("max_length", [None, 500])
-@pytest.mark.parametrize("stored", ["auto", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("stored", ["auto", "fp8", "int8", "int4", "int4-hadamard"])
 def test_a_filled_layer_holds_finite_random_tokens(max_length: int | None, stored: str) -> None:
     policy = HeadPolicy.from_heads(
         retrieval=[[1]], num_kv_heads=2, sink=4, recent=16, retrieval_dtype=stored, streaming_dtype=stored

@@ -139,6 +139,55 @@ def test_machines_are_not_mixed() -> None:
     assert newest([there, here], "model.decode") == [here]
 
 
+def test_other_storage_is_a_line_of_its_own_and_in_no_table_of_models(root: Path) -> None:
+    tables = readme(root).speed_tables
+    lines = [line for line in records() if line["op"].startswith("model.")]
+    stored = {"retrieval_dtype": "int4", "streaming_dtype": "int4"}
+    more = [
+        model("decode", "duo", 128 * K, 1.0, **stored),
+        model("decode", "full", 128 * K, 1.0, **stored),
+        model("prefill", "full", 100 * K, 1.0, chunk=10 * K, **stored),
+        model("decode", "full", 128 * K, 1.0, weights="int8"),
+    ]
+    for name in ("model_decode", "model_prefill"):
+        assert getattr(tables, name)(lines) == getattr(tables, name)([*lines, *more])
+    found = {figure.name: figure for figure in figures([*lines, *more])}
+    plain = {figure.name: figure for figure in figures(lines)}
+    assert found["ratio-llama-3-8b-131072"].series == plain["ratio-llama-3-8b-131072"].series
+    time = found["decode-time-llama-3-8b"].series
+    assert time.pop("duo int4") == time.pop("full int4") == {128 * K: 1.0}
+    assert time == plain["decode-time-llama-3-8b"].series
+
+
+def test_the_price_of_a_rotation_is_told_where_both_were_measured(
+    root: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def twice(make: Any, *given: Any, times: tuple[float, float], **shape: Any) -> list[Any]:
+        return [
+            make(*given, ms, retrieval_dtype=name, streaming_dtype=name, **shape)
+            for name, ms in zip(("int4", "int4-hadamard"), times, strict=True)
+        ]
+
+    tool = readme(root)
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    kernels = [
+        *twice(kernel, "decode", 32 * K, times=(0.02, 0.021)),
+        *twice(kernel, "append", 32 * K, times=(0.002, 0.003)),
+        kernel("decode", 8 * K, 0.01, retrieval_dtype="int4", streaming_dtype="int4"),
+        kernel("decode", 8 * K, 0.01, retrieval_dtype="int4-hadamard", streaming_dtype="int8"),
+        *twice(kernel, "decode", 64 * K, times=("out of memory", 1.0)),  # type: ignore[arg-type]
+    ]
+    models = twice(model, "decode", "duo", 128 * K, times=(7.0, 7.07), retrieval_ratio=1.0)
+    for name, lines in (("kernels", kernels), ("model", models)):
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}-h100.jsonl").write_text(content)
+    assert tool.made("rotation_cost").splitlines()[2:5] == [
+        "| decode attention of a layer, 32K | 20.0 µs | 21.0 µs | +5 % |",
+        "| storing a token in a layer, 32K | 2.00 µs | 3.00 µs | +50 % |",
+        "| a decode step of Llama-3-8B, 128K | 7.00 ms | 7.07 ms | +1 % |",
+    ]
+
+
 def test_shapes_beside_the_table_do_not_mix_in() -> None:
     lines = [
         kernel("decode", 8 * K, 1.0),

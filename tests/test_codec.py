@@ -1,6 +1,7 @@
 """Storage codecs: the layout, bytes and worst-case errors that docs/numerics.md states."""
 
 import copy
+import functools
 import math
 import re
 
@@ -11,7 +12,10 @@ from oracle import FIXED_BOUND, dense, inputs, without_cache
 from duohead import codec
 from duohead.policy import HeadPolicy
 
-NAMES = ("bf16", "fp8", "int8", "int4")
+HADAMARD = codec.HADAMARD
+NAMES = ("bf16", "fp8", "int8", "int4", HADAMARD)
+PLAIN = NAMES[:-1]
+LISTED = "auto, bf16, fp8, int8, int4, int4-hadamard"
 SCALED = ("fp8", "int8", "int4")
 DIMS = (64, 80, 96, 128, 256)
 UP = 1 + 2**-10  # a scale is rounded up to the next fp16
@@ -33,12 +37,33 @@ def bound(name: str, x: torch.Tensor) -> torch.Tensor:
         return torch.maximum(x.abs() / 16, scale / 1024) + peak * FP32
     if name == "int8":
         return (peak / 127 * UP).clamp(min=TINY).expand_as(x) / 2 + peak * FP32
+    if name == HADAMARD:
+        # Of a number, at most what all of its block can add up to.
+        bits = codec.rotation(name, x.shape[-1])
+        return bound("int4", rotated(x)) * 2 ** (bits // 2)
     group = x.unflatten(-1, (-1, codec._group(x.shape[-1])))
     low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
     slip = low.abs() * 2**-11 + 2**-25  # the minimum is rounded to fp16
     scale = ((high - low + slip) / 15 * UP).clamp(min=TINY)
     worst = torch.maximum(scale / 2, slip) + group.abs().amax(-1, keepdim=True) * FP32
     return worst.expand_as(group).flatten(-2)
+
+
+@functools.cache
+def hadamard(dim: int) -> torch.Tensor:
+    """What the channels are multiplied with before int4, from docs/numerics.md: fp64 [dim, dim]."""
+    size = 2 ** codec.rotation(HADAMARD, dim)
+    sign = [-1.0 if bin(i & i >> 1).count("1") % 2 else 1.0 for i in range(size)]
+    rows = [
+        [sign[i] * sign[k] * (-1) ** bin(i & k).count("1") for i in range(size)]
+        for k in range(size)
+    ]
+    block = torch.tensor(rows, dtype=torch.float64) * 2.0 ** -((size.bit_length() - 1) // 2)
+    return torch.block_diag(*[block] * (dim // size))
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    return (x.double() @ hadamard(x.shape[-1]).T).to(x.dtype)
 
 
 def vectors(dim: int, kind: str) -> torch.Tensor:
@@ -123,7 +148,7 @@ def test_int4_covers_the_stated_range_and_clips_beyond() -> None:
     assert get("int4").round_trip(x * 4).min() == -65504.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("size", [1e5, 1e9, 3e38])
 def test_huge_values_stay_finite_and_keep_their_sign(name, size) -> None:
     signs = torch.where(torch.arange(64) % 3 == 0, -1.0, 1.0)
@@ -141,7 +166,7 @@ def test_zeros_stay_zeros_and_signs_of_small_numbers_do_not_flip(name) -> None:
         assert (get(name).round_trip(x) * x >= 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_constant_vector_comes_back_as_near_as_one_rounding_to_fp16_or_better(name) -> None:
     for value in (0.1, -3.7, 1000.3):
         x = torch.full((1, 64), value)
@@ -150,7 +175,7 @@ def test_a_constant_vector_comes_back_as_near_as_one_rounding_to_fp16_or_better(
 
 
 @pytest.mark.parametrize("dim", DIMS, ids=lambda d: f"d{d}")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_encoding_what_was_decoded_changes_nothing(name, dim) -> None:
     """Exact in fp32; int4 needs a group whose range is at least 1/64 of its magnitude (see docs/numerics.md)."""
     for kind in ("normal", "outliers", "positive", "small", "zeros"):
@@ -186,6 +211,7 @@ def test_storage_dtypes_and_bytes_are_the_documented_ones() -> None:
         "fp8": torch.uint8,
         "int8": torch.int8,
         "int4": torch.uint8,
+        "int4-hadamard": torch.uint8,
     }
     sizes = {name: [get(name).vector_bytes(dim) for dim in DIMS] for name in NAMES}
     assert sizes == {
@@ -193,6 +219,7 @@ def test_storage_dtypes_and_bytes_are_the_documented_ones() -> None:
         "fp8": [66, 82, 98, 130, 258],
         "int8": [66, 82, 98, 130, 258],
         "int4": [36, 44, 52, 68, 136],
+        "int4-hadamard": [36, 44, 52, 68, 136],
     }
 
 
@@ -254,7 +281,7 @@ def test_what_is_no_codec_and_no_pair_of_them_is_refused_by_the_name_of_its_fiel
     for call in (codec.split, codec.normal):
         with pytest.raises(
             ValueError,
-            match=f"window_dtype must be one of auto, bf16, fp8, int8, int4, or two of .*got {re.escape(repr(spec))}$",
+            match=f"window_dtype must be one of {LISTED}, or two of .*got {re.escape(repr(spec))}$",
         ):
             call(spec, field="window_dtype")
 
@@ -268,9 +295,7 @@ def test_bits_per_number_count_the_scales() -> None:
 
 
 def test_bad_names_and_dtypes_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="storage dtype must be one of auto, bf16, fp8, int8, int4, got 'fp16'"
-    ):
+    with pytest.raises(ValueError, match=f"storage dtype must be one of {LISTED}, got 'fp16'"):
         codec.get("fp16", native=torch.float32)
     with pytest.raises(
         ValueError,
@@ -299,7 +324,9 @@ def attention_bound(x, spec: str, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("evict", [True, False], ids=["retrieval", "kept"])
-@pytest.mark.parametrize("name", [*NAMES, "fp8/int4", "int4/fp8", "int8/bf16", "bf16/int4"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "fp8/int4", "int4/fp8", "int8/bf16", "bf16/int4", "int4-hadamard/int8"]
+)
 def test_attention_over_stored_keys_and_values_stays_within_the_stated_bound(
     name: str, evict: bool
 ) -> None:

@@ -91,7 +91,7 @@ def test_decode_is_one_graph_for_all_steps(family: str, padded: bool) -> None:
     assert_close(found, expected_logits(model, policy, tokens, mask)[:, PREFIX:])
 
 
-@pytest.mark.parametrize("codec", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("codec", ["fp8", "int8", "int4", "int4-hadamard"])
 def test_lossy_decode_compiles_to_the_same_numbers(codec: str) -> None:
     model = tiny("llama", num_hidden_layers=2).double()
     policy = policy_for(model, "alternating", retrieval_dtype=codec, streaming_dtype=codec)

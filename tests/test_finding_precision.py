@@ -1,4 +1,4 @@
-"""The experiment on precision: its cases, the rotation it measures, and the records it leaves."""
+"""The experiment on precision: its cases, and the records it leaves."""
 
 import json
 from collections.abc import Iterator
@@ -6,56 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from duohead import HeadPattern, codec
 from tools.findings import precision
 from tools.findings.lab import SMALL, Lab
 from tools.findings.precision import RATIOS, Case, cases
-from tools.findings.rotation import MATRICES, hadamard, rotated
 
 TASKS = {"passkeys", "needle", "number", "keyvalue"}
 
 
-@pytest.mark.parametrize("kind", sorted(MATRICES))
-def test_rotations_are_orthogonal_and_always_the_same(kind: str) -> None:
-    made = MATRICES[kind](64)
-    assert torch.allclose(made @ made.T, torch.eye(64), atol=1e-6)
-    assert torch.equal(made, MATRICES[kind](64))
-
-
-def test_a_hadamard_matrix_needs_a_power_of_two() -> None:
-    with pytest.raises(ValueError, match="size must be a power of two .*, got 96; use 'random'"):
-        hadamard(96)
-
-
-def error(x: torch.Tensor) -> float:
-    stored = codec.get("int4", native=torch.float32)
-    return float((stored.round_trip(x) - x).square().mean())
-
-
-def test_a_rotation_helps_where_a_channel_stands_out_and_is_gone_afterwards() -> None:
-    even = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
-    peaked = even.clone()
-    peaked[:, 5] += 30
-    plain = codec.get("int4", native=torch.float32)
-    before = error(even), error(peaked)
-    with rotated("hadamard"):
-        after = error(even), error(peaked)
-        turned = codec.get("int4", native=torch.float32)
-        assert turned.name == "int4, hadamard"
-        assert turned.vector_bytes(64) == plain.vector_bytes(64)
-        assert codec.get("fp8", native=torch.float32).name == "fp8"
-    assert codec.get("int4", native=torch.float32) is plain
-    assert after[0] == pytest.approx(before[0], rel=0.2)
-    assert after[1] < 0.2 * before[1]
+def unrotated(name: str | None) -> str | None:
+    return name and codec.normal(name.replace("-hadamard", ""), field="storage")
 
 
 def test_cases_differ_and_vary_one_thing_at_a_time() -> None:
     every = list(cases(RATIOS))
     assert len(set(every)) == len(every)
     # Whatever is rotated can be compared with the same storage as it is.
-    assert {replace(case, rotation=None) for case in every} <= set(every)
+    plain = {
+        replace(case, retrieval=unrotated(case.retrieval), streaming=unrotated(case.streaming))
+        for case in every
+    }
+    assert plain < set(every)
 
 
 def test_a_case_says_how_its_policy_stores_each_kind_of_head() -> None:
@@ -75,7 +47,7 @@ def test_the_experiment_leaves_a_record_for_each_case_and_length(
     def few(ratios: object) -> Iterator[Case]:
         yield Case(1.0, None, None)
         yield Case(0.5, "fp8", "int4")
-        yield Case(0.5, "fp8", "int4", evict=False, rotation="hadamard")
+        yield Case(0.5, "fp8", "int4-hadamard", evict=False)
 
     monkeypatch.setattr(precision, "cases", few)
     text = tmp_path / "held-out.txt"
@@ -85,11 +57,11 @@ def test_the_experiment_leaves_a_record_for_each_case_and_length(
     lab = Lab.open("pocket", out=out, held_out=[str(text)], device="cpu", effort=effort)
     precision.precision(replace(lab, part=(1, 2)))
     entries = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(e["shape"]["rotation"], e["shape"]["length"]) for e in entries] == [
+    assert [(e["shape"]["streaming"], e["shape"]["length"]) for e in entries] == [
         (None, 256),
         (None, 1024),
-        ("hadamard", 256),
-        ("hadamard", 1024),
+        ("int4-hadamard", 256),
+        ("int4-hadamard", 1024),
     ]
     assert [e["policy"] is None for e in entries] == [True, True, False, False]
     (prose, full), (kept_prose, kept) = entries[:2], entries[2:]

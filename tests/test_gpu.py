@@ -85,7 +85,7 @@ def test_generate_compiles_a_static_cache_by_itself() -> None:
     assert found.cpu().tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "bf16"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int4-hadamard", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_codecs_store_the_same_bits_as_on_the_cpu(name: str, dtype: torch.dtype) -> None:
     storage = codec.get(name, native=dtype)

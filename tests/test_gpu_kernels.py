@@ -151,6 +151,11 @@ DECODE = [
     Family(FP16, 96, 7, codecs=("int4/int8", "fp8/auto"), value_dim=80, padded=True),
     Family(BF16, 256, 2, codecs=("int4/fp8", "int8/int4"), window=True, static=True, new=4),
     Family(FP32, 128, 1, codecs=("int8/fp8", "int4/auto"), heads="random"),
+    Family(BF16, 128, 4, codecs=("int4-hadamard", "int4-hadamard"), static=True, padded=True),
+    Family(BF16, 128, 8, codecs=("int4-hadamard/fp8", "int8/int4-hadamard"), logits=True, new=4),
+    Family(FP16, 96, 7, codecs=("fp8", "int4-hadamard"), value_dim=80, padded=True),
+    Family(BF16, 256, 2, codecs=("int4-hadamard", "auto"), window=True, static=True, new=8),
+    Family(FP32, 64, 2, codecs=("int4-hadamard", "int4"), softcap=15.0),
 ]
 
 
@@ -192,6 +197,7 @@ PREFILL = [
     ),
     Family(BF16, 128, 8, codecs=("int8", "auto"), padded=True, sinks=(4,), new=SMALL),
     Family(BF16, 128, 4, codecs=("fp8/int4", "int4/auto"), padded=True, new=LARGE, evict=False),
+    Family(BF16, 128, 4, codecs=("int4-hadamard", "int4-hadamard"), padded=True, new=LARGE),
 ]
 
 
@@ -308,8 +314,13 @@ class explained:
 
 @pytest.mark.parametrize(
     "storage",
-    [("fp8", "int4", True), ("fp8/int4", "int4/int8", True), ("fp8", "fp8/int4", False)],
-    ids=["equal", "mixed", "keep"],
+    [
+        ("fp8", "int4", True),
+        ("fp8/int4", "int4/int8", True),
+        ("fp8", "fp8/int4", False),
+        ("int4-hadamard", "fp8/int4-hadamard", True),
+    ],
+    ids=["equal", "mixed", "keep", "rotated"],
 )
 @pytest.mark.parametrize("padding", [None, (0, 9)], ids=["unpadded", "padded"])
 def test_600_steps_in_a_cuda_graph_keep_the_error_budget(padding, storage) -> None:
@@ -370,8 +381,8 @@ def test_appended_bits_are_those_of_the_stores_in_pytorch(dtype: torch.dtype) ->
         size = torch.logspace(-5, 4, 900)[:, None]
         keys, values = ((torch.randn(rows, 4, 900, 128) * size).to(dtype) for _ in "kv")
         first, second = draw.choice(
-            (("auto", "int4"), ("fp8", "int8"), ("fp8/int4", "int4/auto"), ("int8/fp8", "int4"))
-        )
+            (("auto", "int4"), ("fp8", "int8"), ("fp8/int4-hadamard", "int4/auto"), ("int8/fp8", "int4-hadamard"))
+        )  # fmt: skip
         kinds = [
             twins(first, (keys, values), lambda c, p: StaticStore(c, p, max_length=900), torch.tensor([0, 3])),
             twins(

@@ -26,7 +26,11 @@ from duohead.models.engine import Engine
 from duohead.models.generate import generate
 
 FAMILIES = ("llama", "gemma3", "laguna", "gpt-oss")
-MIXED = {"retrieval_dtype": "fp8/int4", "streaming_dtype": "int4/fp8", "window_dtype": "int8/auto"}
+MIXED = {
+    "retrieval_dtype": "fp8/int4",
+    "streaming_dtype": "int4-hadamard/fp8",
+    "window_dtype": "int8/auto",
+}
 
 
 @pytest.fixture(scope="module")

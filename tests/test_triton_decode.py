@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 
 from duohead.attention import triton_decode
 
+HADAMARD = codec.HADAMARD
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 bf16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 fp16, fp32 = pytest.param(torch.float16, id="fp16"), pytest.param(torch.float32, id="fp32")
@@ -168,7 +169,7 @@ def check_all(cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [fp16, fp32, bf16])
-@pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["auto", "fp8", "int8", "int4", HADAMARD])
 def test_every_codec_is_read_as_it_was_written(name: str, dtype: torch.dtype) -> None:
     check_all(
         [
@@ -182,7 +183,8 @@ def test_every_codec_is_read_as_it_was_written(name: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [fp16, bf16])
 @pytest.mark.parametrize(
-    ("retrieval", "streaming"), [("fp8", "int4"), ("int8", "auto"), ("bf16", "fp8"), ("int4", "int8")]
+    ("retrieval", "streaming"), [("fp8", "int4"), ("int8", "auto"), ("bf16", "fp8"), ("int4", "int8"),
+     (HADAMARD, "int4"), ("fp8", HADAMARD), ("int8/int4-hadamard", "int4-hadamard/int8")],
 )  # fmt: skip
 def test_the_two_kinds_may_be_stored_differently(
     retrieval: str, streaming: str, dtype: torch.dtype
@@ -256,7 +258,7 @@ def test_softcap_and_learned_sinks(options: dict[str, object], dtype: torch.dtyp
     )
 
 
-@pytest.mark.parametrize("retrieval", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("retrieval", ["auto", "int8", "int4", HADAMARD])
 @pytest.mark.parametrize("segments", [2, 5])
 def test_a_growing_cache_is_read_segment_by_segment(segments: int, retrieval: str) -> None:
     check_all(
@@ -277,12 +279,12 @@ def test_head_sizes(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     check_all(
         [
             Case(dim=dim, value_dim=value_dim, dtype=dtype, retrieval=retrieval, streaming=streaming, length=100)
-            for retrieval, streaming in (("auto", "int4"), ("int4", "fp8"))
+            for retrieval, streaming in (("auto", "int4"), ("int4", "fp8"), (HADAMARD, "fp8/int4-hadamard"))
         ]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", HADAMARD])
 def test_large_and_small_scales_neither_overflow_nor_vanish(name: str) -> None:
     for dtype in (torch.float16, torch.float32):
         case = Case(dtype=dtype, retrieval=name, kind="all", length=90)
@@ -310,7 +312,7 @@ def test_random_small_cases() -> None:
     for seed in range(400 if DEVICE == "cuda" else 12):
         length = draw.randint(1, 300)
         count = draw.choice([c for c in (1, 1, 1, 2, 5) if c <= length])
-        codecs = draw.choice([("auto", "auto"), ("fp8", "int4"), ("int4", "int8")])
+        codecs = draw.choice([("auto", "auto"), ("fp8", "int4"), (HADAMARD, "int8/int4-hadamard")])
         check_all(
             [
                 Case(

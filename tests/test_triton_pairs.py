@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,10 +44,11 @@ def test_keys_and_values_may_be_stored_differently(
     [
         Case(length=65, count=3, groups=7, retrieval="fp8/int4", streaming="int4/auto", padding=(0, 9)),
         Case(length=129, dim=192, value_dim=96, retrieval="int4/int8", streaming="auto/int4"),
+        Case(length=129, dim=192, value_dim=96, retrieval="int4-hadamard", streaming="int4-hadamard/fp8"),
         Case(length=129, dim=96, value_dim=256, retrieval="int8/int4", streaming="int4/fp8", dtype=torch.float16),
         Case(length=1, retrieval="int4/fp8", streaming="fp8/int4", sink=0, recent=1),
         Case(length=250, window=100, count=5, padding=(0, 200), retrieval="int8/fp8", streaming="fp8/int8"),
-        Case(length=180, segments=3, retrieval="bf16/int4", streaming="int4/bf16", options={"softcap": 5.0}),
+        Case(length=180, segments=3, retrieval="bf16/int4", streaming="int4-hadamard/bf16", options={"softcap": 5.0}),
         Case(length=127, kind="all", retrieval="int4/auto", options={"sink_logits": True}, on_device=False),
     ],
     ids=lambda case: f"{case.retrieval}+{case.streaming}",
@@ -90,3 +92,24 @@ def test_two_stores_that_keep_every_token_share_a_launch_by_their_bytes(
     assert rounds / math.ceil(rounds) > 0.9
     reads = [size / count for size, count in zip(sizes, programs, strict=True)]
     assert max(reads) < 1.1 * min(reads)
+
+
+def test_rotated_storage_is_read_by_the_same_programs_as_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_decode_plan, "_processors", lambda device: 132)
+    plans = []
+    for name in ("int4", "int4-hadamard", "int4/int4-hadamard"):
+        keys, values = codec.pair(name, native=torch.bfloat16)
+        parts = [
+            tuple(torch.empty(2, 4, 4096, width, dtype=dtype, device="meta") for dtype, width in each.parts(128))
+            for each in (keys, values)
+        ]  # fmt: skip
+        view = StoredView(
+            None, (keys.name, values.name), (Segment(*parts),), 0, None, None, None, 4096, None
+        )
+        query = torch.empty(2, 16, 1, 128, dtype=torch.bfloat16, device="meta")
+        plans.append(triton_decode_plan.make_plan(query, [view]))
+    found = [(plan.launches[0][0].constants.pop("K_BITS"), plan.bits) for plan in plans]  # type: ignore[union-attr]
+    assert found == [(0, (0,)), (7, (7,)), (0, (7,))]
+    assert len({repr(replace(plan, bits=())) for plan in plans}) == 1

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tools.speed_tables import NOTHING, Records, machine_line, table
+from tools.speed_tables import NOTHING, Entry, Records, machine_line, table
 
-Entry = dict[str, Any]
 KIND = (
     "retrieval_ratio",
     "retrieval_dtype",

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from duohead.bench.cases import LONG, Case, preset
-from duohead.bench.figures import machine, newest, stored_as, time_of
+from duohead.bench.figures import as_they_come, machine, newest, stored_as, time_of
 from duohead.evaluate.svg import short_count
 
-Records = Sequence[dict[str, Any]]
+Entry = Mapping[str, Any]
+Records = Sequence[Entry]
 Shape = Mapping[str, Any]
 NOTHING = "Nothing was measured yet.\n"
 
@@ -24,7 +25,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def machine_line(entry: dict[str, Any]) -> str:
+def machine_line(entry: Entry) -> str:
     """Where and with what a record was made."""
     versions = entry["versions"]
     return f"{machine(entry)}; torch {versions['torch']}, transformers {versions['transformers']}."
@@ -59,7 +60,7 @@ def decode_pairs(records: Records) -> str:
 def _decode(records: Records, columns: Mapping[str, tuple[float, str]], *, rivals: bool) -> str:
     """Decode times by length; a column is a share of retrieval heads and a storage. Without rivals, full rows."""
     entries = newest(records, "decode")
-    cells: dict[int, dict[str, dict[str, Any]]] = {}
+    cells: dict[int, dict[str, Entry]] = {}
     for entry in filter(_is_table_shape, entries):
         shape = entry["shape"]
         if (shape["sink"], shape["recent"]) != (64, 256) or shape["length"] not in LONG:
@@ -88,7 +89,7 @@ def streaming_kernels(records: Records) -> str:
     entries = newest(records, "prefill.streaming")
     if not entries:
         return NOTHING
-    cells: dict[int, dict[str, dict[str, Any]]] = {}
+    cells: dict[int, dict[str, Entry]] = {}
     for entry in filter(_is_table_shape, entries):
         if (entry["shape"]["sink"], entry["shape"]["recent"]) == (128, 256):
             cells.setdefault(entry["shape"]["length"], {})[entry["impl"]] = entry
@@ -115,10 +116,10 @@ def streaming_kernels(records: Records) -> str:
 
 def model_decode(records: Records) -> str:
     """A decode step of whole models, and how far it is from reading weights and cache once."""
-    entries = newest(records, "model.decode")
+    entries = _of_models(records, "model.decode")
     if not entries:
         return NOTHING
-    cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    cells: dict[tuple[str, int], dict[str, Entry]] = {}
     for entry in entries:
         key = (entry["shape"]["model"], entry["shape"]["length"])
         cells.setdefault(key, {})[_method(entry)] = entry
@@ -169,10 +170,10 @@ def _is_mha(shape: Shape) -> bool:
 
 
 def _prefills(records: Records, wanted: Callable[[Shape], bool]) -> str:
-    entries = [entry for entry in newest(records, "model.prefill") if wanted(entry["shape"])]
+    entries = [entry for entry in _of_models(records, "model.prefill") if wanted(entry["shape"])]
     if not entries:
         return NOTHING
-    cells: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    cells: dict[tuple[str, int, int], dict[str, Entry]] = {}
     for entry in entries:
         shape = entry["shape"]
         found = cells.setdefault((shape["model"], shape["length"], shape["chunk"]), {})
@@ -251,7 +252,7 @@ def _place(case: Case) -> tuple[str, str]:
     return column, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
 
 
-def _share_of_ceiling(entry: dict[str, Any]) -> float | str | None:
+def _share_of_ceiling(entry: Entry) -> float | str | None:
     """Of the read rate for decode, of the matrix rate for prefill; the reason if the case has no time."""
     op = entry["op"].rpartition(".")[2]
     told = time_of(entry, op)
@@ -315,13 +316,13 @@ def capacity(records: Records) -> str:
 MAIN_RATIOS = {"llama-2-7b": "duo 25 %"}
 
 
-def _is_table_shape(entry: dict[str, Any]) -> bool:
+def _is_table_shape(entry: Entry) -> bool:
     shape = entry["shape"]
     usual = {"heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 1, "queries": 1, "past": 0}
     return all(shape[name] == value for name, value in usual.items())
 
 
-def _fastest(found: dict[str, dict[str, Any]], *, without: str = "") -> str:
+def _fastest(found: dict[str, Entry], *, without: str = "") -> str:
     """The quickest baseline of these records."""
     numbers = _together(found)["numbers"]
     times = {
@@ -336,14 +337,14 @@ def _fastest(found: dict[str, dict[str, Any]], *, without: str = "") -> str:
     return f"{_milliseconds(times[best])} ({best})"
 
 
-def _together(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _together(found: dict[str, Entry]) -> Entry:
     """One entry with the numbers of all, whose baselines complete one another."""
     return {
         "numbers": {name: x for entry in found.values() for name, x in entry["numbers"].items()}
     }
 
 
-def _time(entry: dict[str, Any] | None, name: str, *, share: bool = False) -> str:
+def _time(entry: Entry | None, name: str, *, share: bool = False) -> str:
     if entry is None:
         return ""
     value = time_of(entry, name)
@@ -359,31 +360,36 @@ def _milliseconds(value: float) -> str:
     return f"{value:#.3g} ms" if value < 100 else f"{value:.0f} ms"
 
 
-def _with_floor(entry: dict[str, Any] | None) -> str:
+def _with_floor(entry: Entry | None) -> str:
     told = _time(entry, "decode")
     over = None if entry is None else entry["numbers"].get("over_floor")
     return told if over is None else f"{told}, {over:.2f} ×"
 
 
-def _seconds(entry: dict[str, Any] | None) -> str:
+def _seconds(entry: Entry | None) -> str:
     value = None if entry is None else time_of(entry, "prefill")
     if not isinstance(value, int | float):
         return (value or "").partition(":")[0]
     return f"{value / 1000:.2f} s"
 
 
-def _ratio(full: dict[str, Any] | None, duo: dict[str, Any] | None, name: str) -> str:
+def _ratio(full: Entry | None, duo: Entry | None, name: str) -> str:
     times = [time_of(entry, name) for entry in (full, duo) if entry is not None]
     if len(times) < 2 or any(isinstance(value, str) or value is None for value in times):
         return ""
     return f"{times[0] / times[1]:.2f} ×"  # type: ignore[operator]
 
 
-def _method(entry: dict[str, Any]) -> str:
+def _method(entry: Entry) -> str:
     """ "full", "transformers", or "duo" with its ratio."""
     if entry["impl"] != "duo":
         return str(entry["impl"])
     return f"duo {100 * entry['shape']['retrieval_ratio']:g} %"
+
+
+def _of_models(records: Records, op: str) -> list[Entry]:
+    """The newest records of whole models as they come: weights and cache in bf16."""
+    return [entry for entry in newest(records, op) if as_they_come(entry["shape"])]
 
 
 def _by_model(item: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from duohead import codec
 from duohead.attention.choice import MAX_DECODE_TOKENS
 from duohead.attention.triton_decode_join import join_kernel
 from duohead.attention.triton_decode_kernels import split_kernel
@@ -54,7 +55,7 @@ def supports(
     sizes = {query.shape[3], value_dim or query.shape[3], *(value_size(view) for view in views)}
     if any(size % 4 or size > MAX_HEAD_SIZE for size in sizes):
         return f"the head size must be a multiple of 4 up to {MAX_HEAD_SIZE}, got {max(sizes)}"
-    names = [name for view in views for name in view.codecs]
+    names = [codec.layout(name) for view in views for name in view.codecs]
     if any(name not in NATIVE and name not in NUMBERS for name in names):
         return f"the kernel reads {', '.join((*NATIVE, *NUMBERS))}, not {names}"
     return None
@@ -127,12 +128,14 @@ def _join(
     rows = [query.shape[0] * count * plan.rows for count in groups]
     last = len(views) - 1
     width = out.shape[3]
-    block = min(triton.next_power_of_2(width), 64)
+    bits = max(plan.bits)
+    block = max(min(triton.next_power_of_2(width), 64), 1 << bits)
     join_kernel[(sum(rows), triton.cdiv(width, block))](
         acc, stat, out, sink_logits, query.shape[1], views[0].heads, views[last].heads,
         groups[0], groups[last], plan.totals[0], plan.totals[last], plan.starts[last], rows[0],
         ROWS=plan.rows, GROUP=plan.group, WIDTH=width, BLOCK_W=block,
-        BLOCK_S=min(triton.next_power_of_2(max(plan.totals)), 128), EARLY=bool(early), num_warps=4, **early,
+        BLOCK_S=min(triton.next_power_of_2(max(plan.totals)), 8192 // max(block, 64)), EARLY=bool(early),
+        BITS=bits, ROTATED0=plan.bits[0] > 0, ROTATED1=plan.bits[last] > 0, num_warps=4, **early,
     )  # fmt: skip
 
 

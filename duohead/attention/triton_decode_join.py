@@ -10,16 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from duohead.cache.rotation_kernel import rotated
+
 
 @triton.jit(do_not_specialize=["groups0", "groups1", "total0", "total1", "start1", "rows0"])
 def join_kernel(
     acc, stat, out, sink_logits, query_heads, heads0, heads1, groups0, groups1, total0, total1, start1, rows0,
     ROWS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, BITS: tl.constexpr, ROTATED0: tl.constexpr, ROTATED1: tl.constexpr,
 ):  # fmt: skip
     """One query row: the splits of its head, weighted by their softmax sums, to its place in [B, Q, H, Dv].
 
-    Programs [0, rows0) do rows of the first view; axis 1 goes over blocks of the head size.
+    Programs [0, rows0) do rows of the first view; axis 1 goes over blocks of the head size. Sums of values that were
+    ROTATED before they were stored, in blocks of 2^BITS numbers, are rotated back.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -66,5 +69,13 @@ def join_kernel(
         top = new_top
     # Padding queries see nothing; their output must be finite.
     value = value / tl.where(weight_sum > 0.0, weight_sum, 1.0)
+    if BITS > 0:
+        back = rotated(value, column, BITS, True)
+        if ROTATED0 and ROTATED1:
+            value = back
+        elif ROTATED0:
+            value = tl.where(first_view, back, value)
+        else:
+            value = tl.where(first_view, value, back)
     at = ((batch * (ROWS // GROUP) + row // GROUP) * query_heads + head) * WIDTH
     tl.store(out + at + column, value.to(out.dtype.element_ty), mask=column < WIDTH)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from duohead.attention.triton_decode_numbers import centred, of_group, operand
+from duohead.cache.rotation_kernel import rotated_parts
 
 # Integers of a view that change from call to call or from layer to layer: not worth a compilation each.
 _PER_VIEW = "tokens first groups splits offset total start sink ring reach window".split()
@@ -179,7 +180,7 @@ def _attend_split(
     first, slots, groups, splits, slot_offset, split_total, row_offset, sink, ring, reach, window,
     factor, softcap, ROWS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, SHIFT: tl.constexpr, PTX: tl.constexpr,
-    ON_DEVICE: tl.constexpr, RING: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ON_DEVICE: tl.constexpr, RING: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
     K_CODEC: tl.constexpr, K_FOLD: tl.constexpr, K_NUMBERS: tl.constexpr, K_PRE: tl.constexpr,
     K_UNIT: tl.constexpr, KW: tl.constexpr, KW_PAD: tl.constexpr, K_GROUPS: tl.constexpr, K_GROUP: tl.constexpr,
     V_CODEC: tl.constexpr, V_FOLD: tl.constexpr, V_NUMBERS: tl.constexpr, V_PRE: tl.constexpr,
@@ -231,6 +232,8 @@ def _attend_split(
     if K_NUMBERS > 2:
         q2 = _query_part(query, stride_h, stride_q, row, 2, GROUP, ROWS, K_NUMBERS, KW, KW_PAD)
         q3 = _query_part(query, stride_h, stride_q, row, 3, GROUP, ROWS, K_NUMBERS, KW, KW_PAD)
+    if K_BITS > 0:
+        q0, q1, q2, q3 = rotated_parts(q0, q1, q2, q3, K_BITS)
     if K_CODEC == "int4" and K_FOLD:
         q_sum = tl.sum(
             q0.to(tl.float32) + q1.to(tl.float32) + q2.to(tl.float32) + q3.to(tl.float32), 0
@@ -356,14 +359,14 @@ def split_kernel(
     first1, slots1, groups1, splits1, offset1, total1, start1, sink1, ring1, reach1, window1,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, SHIFT: tl.constexpr,
     PTX: tl.constexpr, EARLY: tl.constexpr, BOTH: tl.constexpr,
-    ON_DEVICE0: tl.constexpr, RING0: tl.constexpr, BLOCK_N0: tl.constexpr, STAGES0: tl.constexpr,
+    ON_DEVICE0: tl.constexpr, RING0: tl.constexpr, BLOCK_N0: tl.constexpr, STAGES0: tl.constexpr, K_BITS0: tl.constexpr,
     K_CODEC0: tl.constexpr, K_FOLD0: tl.constexpr, K_NUMBERS0: tl.constexpr, K_PRE0: tl.constexpr,
     K_UNIT0: tl.constexpr, KW0: tl.constexpr, KW_PAD0: tl.constexpr, K_GROUPS0: tl.constexpr,
     K_GROUP0: tl.constexpr,
     V_CODEC0: tl.constexpr, V_FOLD0: tl.constexpr, V_NUMBERS0: tl.constexpr, V_PRE0: tl.constexpr,
     V_UNIT0: tl.constexpr, VW0: tl.constexpr, VW_PAD0: tl.constexpr, V_GROUPS0: tl.constexpr,
     V_GROUP0: tl.constexpr,
-    ON_DEVICE1: tl.constexpr, RING1: tl.constexpr, BLOCK_N1: tl.constexpr, STAGES1: tl.constexpr,
+    ON_DEVICE1: tl.constexpr, RING1: tl.constexpr, BLOCK_N1: tl.constexpr, STAGES1: tl.constexpr, K_BITS1: tl.constexpr,
     K_CODEC1: tl.constexpr, K_FOLD1: tl.constexpr, K_NUMBERS1: tl.constexpr, K_PRE1: tl.constexpr,
     K_UNIT1: tl.constexpr, KW1: tl.constexpr, KW_PAD1: tl.constexpr, K_GROUPS1: tl.constexpr,
     K_GROUP1: tl.constexpr,
@@ -382,7 +385,7 @@ def split_kernel(
             pid, query, stride_b, stride_h, stride_q, acc_out, stat_out,
             heads0, keys0, keys_s0, keys_m0, values0, values_s0, values_m0, tokens0, padding0, floor0,
             first0, slots0, groups0, splits0, offset0, total0, start0, sink0, ring0, reach0, window0,
-            factor, softcap, ROWS, GROUP, BLOCK_M, CAPPED, SHIFT, PTX, ON_DEVICE0, RING0, BLOCK_N0, STAGES0,
+            factor, softcap, ROWS, GROUP, BLOCK_M, CAPPED, SHIFT, PTX, ON_DEVICE0, RING0, BLOCK_N0, STAGES0, K_BITS0,
             K_CODEC0, K_FOLD0, K_NUMBERS0, K_PRE0, K_UNIT0, KW0, KW_PAD0, K_GROUPS0, K_GROUP0,
             V_CODEC0, V_FOLD0, V_NUMBERS0, V_PRE0, V_UNIT0, VW0, VW_PAD0, V_GROUPS0, V_GROUP0,
         )  # fmt: skip
@@ -391,7 +394,7 @@ def split_kernel(
             pid - programs0, query, stride_b, stride_h, stride_q, acc_out, stat_out,
             heads1, keys1, keys_s1, keys_m1, values1, values_s1, values_m1, tokens1, padding1, floor1,
             first1, slots1, groups1, splits1, offset1, total1, start1, sink1, ring1, reach1, window1,
-            factor, softcap, ROWS, GROUP, BLOCK_M, CAPPED, SHIFT, PTX, ON_DEVICE1, RING1, BLOCK_N1, STAGES1,
+            factor, softcap, ROWS, GROUP, BLOCK_M, CAPPED, SHIFT, PTX, ON_DEVICE1, RING1, BLOCK_N1, STAGES1, K_BITS1,
             K_CODEC1, K_FOLD1, K_NUMBERS1, K_PRE1, K_UNIT1, KW1, KW_PAD1, K_GROUPS1, K_GROUP1,
             V_CODEC1, V_FOLD1, V_NUMBERS1, V_PRE1, V_UNIT1, VW1, VW_PAD1, V_GROUPS1, V_GROUP1,
         )  # fmt: skip

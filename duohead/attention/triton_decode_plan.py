@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from duohead import codec
 from duohead.attention.triton_decode_numbers import NUMBERS, prescale, unit
 from duohead.cache.view import StoredView
 
@@ -54,7 +55,8 @@ class Plan:
     """Everything about a call that depends on shapes alone.
 
     ``launches`` holds, for each launch, a part or None for every view; ``totals`` the splits of each view's heads over
-    all launches; ``starts`` the first row of partial results of each view; ``rows`` their number.
+    all launches; ``starts`` the first row of partial results of each view; ``rows`` their number; ``bits`` how each
+    view's values are rotated (`duohead.codec.rotation`).
     """
 
     group: int
@@ -65,6 +67,7 @@ class Plan:
     totals: tuple[int, ...]
     starts: tuple[int, ...]
     partials: int
+    bits: tuple[int, ...]
 
 
 class _Work(NamedTuple):
@@ -118,6 +121,7 @@ def make_plan(query: Tensor, views: Sequence[StoredView]) -> Plan:
         totals=tuple(totals),
         starts=tuple(sum(sizes[:number]) for number in range(len(sizes))),
         partials=sum(sizes),
+        bits=tuple(codec.rotation(view.codecs[1], value_size(view)) for view in views),
     )
 
 
@@ -209,6 +213,7 @@ def _constants(view: StoredView, query: Tensor, tiles: Tiles) -> dict[str, Any]:
     return {
         "ON_DEVICE": isinstance(view.tokens, Tensor),
         "RING": view.ring is not None,
+        "K_BITS": codec.rotation(view.codecs[0], query.shape[3]),
         **_side("K", view.codecs[0], segment.keys, query.shape[3], query.dtype),
         **_side("V", view.codecs[1], segment.values, value_size(view), query.dtype),
         "BLOCK_N": tiles.block,
@@ -220,6 +225,7 @@ def _side(
     letter: str, name: str, stored: tuple[Tensor, ...], size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Compile-time arguments of the keys or of the values of one view, which begin with ``letter``."""
+    name = codec.layout(name)
     numbers = NUMBERS.get(name, 1)
     groups = stored[1].shape[3] if name == "int4" else 1
     words = size // numbers
@@ -253,4 +259,6 @@ def kv_heads(view: StoredView) -> int:
 
 def value_size(view: StoredView) -> int:
     """Dv; a payload of 4-bit numbers holds two in a byte."""
-    return view.segments[0].values[0].shape[3] * (2 if view.codecs[1] == "int4" else 1)
+    return view.segments[0].values[0].shape[3] * (
+        2 if codec.layout(view.codecs[1]) == "int4" else 1
+    )

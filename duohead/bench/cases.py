@@ -176,10 +176,20 @@ def _shapes() -> Iterator[Case]:
         yield Case("streaming", 32768, heads, kv_heads, head_dim, batch)
 
 
+def _rotation() -> Iterator[Case]:
+    """What a rotation of keys and values costs decode, and storing them, beside the same format without."""
+    for length in (32768, 131072):
+        for name in ("int4", codec.HADAMARD):
+            stored = {"retrieval_dtype": name, "streaming_dtype": name}
+            yield Case("decode", length, **stored)  # type: ignore[arg-type]
+            yield Case("append", length, **stored)  # type: ignore[arg-type]
+
+
 PRESETS: dict[str, Callable[[], Iterator[Case]]] = {
     "decode-table": _decode_table,
     "prefill-table": _prefill_table,
     "shapes": _shapes,
+    "rotation": _rotation,
 }
 
 

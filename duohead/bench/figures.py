@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from duohead import codec
 from duohead.evaluate.svg import short_count
 
 Record = Mapping[str, Any]
@@ -95,6 +96,11 @@ def stored_as(shape: Mapping[str, Any]) -> str:
     return " + ".join(dict.fromkeys(names))
 
 
+def as_they_come(shape: Mapping[str, Any]) -> bool:
+    """Whether neither weights nor cache of a whole model are stored in another format."""
+    return bool(shape.get("weights", "bf16") == stored_as(shape) == "bf16")
+
+
 def _plain(shape: Mapping[str, Any]) -> bool:
     """Whether a kernel case is of the tables' shape, not one of its neighbours."""
     usual = {"heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 1, "queries": 1, "past": 0}
@@ -119,8 +125,11 @@ def _decode_kernels(records: Sequence[Record]) -> Iterator[Figure]:
     for entry in newest(records, "decode"):
         shape = entry["shape"]
         window = shape.get("sink", 64), shape.get("recent", 256)
+        stored = stored_as(shape)
+        # A rotation changes no bytes, so its line would lie on that of the format itself.
+        if codec.HADAMARD in stored:
+            continue
         if _plain(shape) and window == (64, 256) and "speedup" in entry["numbers"]:
-            stored = stored_as(shape)
             line = f"{shape['retrieval_ratio']:.0%} {'mixed' if '/' in stored else stored}"
             picture.add(line, shape["length"], entry["numbers"]["speedup"])
     for line in first:
@@ -203,7 +212,7 @@ def _ratios(records: Sequence[Record]) -> Iterator[Figure]:
     groups: dict[tuple[str, int], dict[int, Record]] = defaultdict(dict)
     for entry in newest(records, "model.decode"):
         shape = entry["shape"]
-        if entry["impl"] in ("duo", "full"):
+        if entry["impl"] in ("duo", "full") and as_they_come(shape):
             key = (shape["model"], shape["length"])
             groups[key][round(100 * shape["retrieval_ratio"])] = entry
     for (model, length), entries in groups.items():
@@ -232,8 +241,11 @@ def _by_model(entries: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _line(entry: Record) -> str:
-    """A method's name, short enough to stand beside its line."""
-    return "HF SDPA" if entry["impl"] == "transformers" else str(entry["impl"])
+    """A method's name, short enough to stand beside its line, with the storage unless that is bf16."""
+    if entry["impl"] == "transformers":
+        return "HF SDPA"
+    stored = stored_as(entry["shape"])
+    return str(entry["impl"]) + ("" if stored == "bf16" else f" {stored}")
 
 
 def _main_ratio(entries: Sequence[Record]) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duohead import codec
 from duohead.cache.ring import RingStore
 from duohead.cache.store import GrowingStore
 
@@ -53,8 +54,8 @@ def fill_layer(layer: DuoLayer, tokens: int, *, seed: int = 0, fresh: bool = Tru
         if isinstance(kind.store, GrowingStore | RingStore):
             kind.store.reserve(tokens)
         for segment in kind.store.segments():
-            for codec, parts in zip(kind.codec, (segment.keys, segment.values), strict=True):
-                _fill_parts(codec, parts, layer.dtype, generator, fresh=fresh)
+            for storage, parts in zip(kind.codec, (segment.keys, segment.values), strict=True):
+                _fill_parts(storage, parts, layer.dtype, generator, fresh=fresh)
         if isinstance(kind.store, RingStore):
             oldest = max(tokens - kind.store.ring, 0)
             if isinstance(kind.store.floor, Tensor):
@@ -68,23 +69,23 @@ def fill_layer(layer: DuoLayer, tokens: int, *, seed: int = 0, fresh: bool = Tru
 
 
 def _fill_parts(
-    codec: Codec, parts: Encoded, dtype: torch.dtype, generator: torch.Generator, *, fresh: bool
+    storage: Codec, parts: Encoded, dtype: torch.dtype, generator: torch.Generator, *, fresh: bool
 ) -> None:
     """Write encoded random vectors into the parts [B, G, T, width] of one codec."""
     rows, heads, slots = parts[0].shape[:3]
-    width = _head_dim(codec, parts)
+    width = _head_dim(storage, parts)
     block: Encoded | None = None
     for start in range(0, slots, BLOCK):
         count = min(BLOCK, slots - start)
         if block is None or fresh:
             size = (rows, heads, count, width)
             x = torch.randn(size, generator=generator, device=parts[0].device, dtype=dtype)
-            block = codec.encode(x)
+            block = storage.encode(x)
         for part, new in zip(parts, block, strict=True):
             part[:, :, start : start + count] = new[:, :, :count]
 
 
-def _head_dim(codec: Codec, parts: Encoded) -> int:
+def _head_dim(storage: Codec, parts: Encoded) -> int:
     """Head size of the vectors that the parts of a codec store."""
     width = parts[0].shape[-1]
-    return 2 * width if codec.name == "int4" else width
+    return 2 * width if codec.layout(storage.name) == "int4" else width

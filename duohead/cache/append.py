@@ -28,18 +28,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RAW = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_DIM = 512
 MAX_VIEWS = 2
-# Up to this many tokens, a program stores one of them; beyond, a tile of TILE numbers.
+# Up to this many tokens, a program stores one of them; beyond, a tile of TILE numbers, or fewer where sums of them need
+# registers as well.
 FEW_TOKENS = 8
-TILE = 4096
+TILE, ROTATED_TILE = 4096, 2048
 
 
 class _Layout(NamedTuple):
-    """How a vector lies in storage, as the kernel needs it: its groups, and their sizes as powers of two."""
+    """How a vector lies in storage, as the kernel needs it: groups, their sizes as powers of two, and the rotation."""
 
     group: int
     groups: int
     group_width: int
     groups_width: int
+    bits: int
 
 
 def append(
@@ -131,7 +133,7 @@ def _refused(
     for name in codecs:
         if name in RAW and RAW[name] not in (dtype, torch.bfloat16):
             return f"{dtype} tokens in {name} storage; keep them in their own dtype or in bf16"
-        if name not in (*RAW, "fp8", "int8", "int4"):
+        if codec.layout(name) not in (*RAW, "fp8", "int8", "int4"):
             return f"storage format {name!r} is none that the kernel knows"
     return None
 
@@ -159,7 +161,7 @@ def _launch(
     value_dim = values.shape[3]
     arguments: list[Any] = []
     modes: list[Any] = []
-    heads = 0
+    heads, tile = 0, TILE
     for view, segment, decoded in parts:
         payload = segment.keys[0]
         assert payload.is_contiguous(), "stores hold their slots contiguously"
@@ -176,18 +178,20 @@ def _launch(
             view.ring or 0,
             view.floor,
         )
-        names = ["raw" if name in RAW else name for name in view.codecs]
+        layouts = _layout(view.codecs[0], dim), _layout(view.codecs[1], value_dim)
         modes += (
-            *names,
+            *("raw" if name in RAW else codec.layout(name) for name in view.codecs),
             view.ring is not None,
-            *_layout(names[0], dim),
-            *_layout(names[1], value_dim),
+            *layouts[0],
+            *layouts[1],
         )
+        if any(layout.bits for layout in layouts):
+            tile = ROTATED_TILE
     if len(parts) < MAX_VIEWS:
         arguments += (None,) * 9 + (0,) * 5 + (None,)
-        modes += (None, None, False) + (1,) * 8
+        modes += (None, None, False) + (1, 1, 1, 1, 0) * 2
     few = count <= FEW_TOKENS
-    block = 1 if few else TILE // triton.next_power_of_2(max(dim, value_dim))
+    block = 1 if few else tile // triton.next_power_of_2(max(dim, value_dim))
     tokens, padding = parts[0][0].tokens, parts[0][0].padding
     with on_device(keys):
         append_kernel[(-(-count // block), 2 * heads, rows)](
@@ -216,6 +220,7 @@ def _padded(stored: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, T
 
 @functools.cache
 def _layout(name: str, dim: int) -> _Layout:
-    group = codec.get("int4", native=torch.float32).parts(dim)[1][1] if name == "int4" else 1
-    size = dim // group
-    return _Layout(size, group, triton.next_power_of_2(size), triton.next_power_of_2(group))
+    stored = codec.layout(name)
+    groups = codec.get(stored, native=torch.float32).parts(dim)[1][1] if stored == "int4" else 1
+    size, power = dim // groups, triton.next_power_of_2
+    return _Layout(size, groups, power(size), power(groups), codec.rotation(name, dim))

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction
 
+from duohead.cache.rotation_kernel import rotated
+
 
 @triton.jit
 def _half_up(scale):
@@ -107,6 +109,7 @@ def _vectors(
     GROUPS: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
     GROUPS_WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Encode the new tokens ``index`` [N, 1, 1] of a head and store those to ``keep`` as vectors number ``vector``.
 
@@ -123,6 +126,8 @@ def _vectors(
         seen = code
     else:
         x = x.to(tl.float32)
+        if BITS > 0:
+            x = rotated(x, place, BITS, False)
         peak = tl.max(_magnitude(x), axis=2, keep_dims=True)
         if CODEC == "int4":
             low = tl.min(tl.where(real, x, float("inf")), axis=2, keep_dims=True)
@@ -161,6 +166,8 @@ def _vectors(
         stored = code.to(payload.dtype.element_ty)
         tl.store(payload + vector * DIM + number, stored, mask=keep & real)
     if decoded is not None:
+        if BITS > 0:
+            seen = rotated(seen, place, BITS, True)
         seen = _cast(seen, decoded.dtype.element_ty)
         tl.store(decoded + new_vector * DIM + number, seen, mask=inside & real)
 
@@ -201,10 +208,12 @@ def _part(
     KEY_GROUPS: tl.constexpr,
     KEY_GROUP_WIDTH: tl.constexpr,
     KEY_GROUPS_WIDTH: tl.constexpr,
+    KEY_BITS: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
     VALUE_GROUPS: tl.constexpr,
     VALUE_GROUP_WIDTH: tl.constexpr,
     VALUE_GROUPS_WIDTH: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     EVICT: tl.constexpr,
@@ -249,7 +258,7 @@ def _part(
                 keys, key_row_stride, key_head_stride, key_token_stride,
                 key_payload, key_scales, key_minima, decoded_keys,
                 row, head, index, load, vector, keep, new_vector, inside,
-                KEY_CODEC, DIM, KEY_GROUP, KEY_GROUPS, KEY_GROUP_WIDTH, KEY_GROUPS_WIDTH,
+                KEY_CODEC, DIM, KEY_GROUP, KEY_GROUPS, KEY_GROUP_WIDTH, KEY_GROUPS_WIDTH, KEY_BITS,
             )  # fmt: skip
         else:
             _vectors(
@@ -257,6 +266,7 @@ def _part(
                 value_payload, value_scales, value_minima, decoded_values,
                 row, head, index, load, vector, keep, new_vector, inside,
                 VALUE_CODEC, VALUE_DIM, VALUE_GROUP, VALUE_GROUPS, VALUE_GROUP_WIDTH, VALUE_GROUPS_WIDTH,
+                VALUE_BITS,
             )  # fmt: skip
 
 
@@ -316,10 +326,12 @@ def append_kernel(
     A_KEY_GROUPS: tl.constexpr,
     A_KEY_GROUP_WIDTH: tl.constexpr,
     A_KEY_GROUPS_WIDTH: tl.constexpr,
+    A_KEY_BITS: tl.constexpr,
     A_VALUE_GROUP: tl.constexpr,
     A_VALUE_GROUPS: tl.constexpr,
     A_VALUE_GROUP_WIDTH: tl.constexpr,
     A_VALUE_GROUPS_WIDTH: tl.constexpr,
+    A_VALUE_BITS: tl.constexpr,
     B_KEY_CODEC: tl.constexpr,
     B_VALUE_CODEC: tl.constexpr,
     B_RING: tl.constexpr,
@@ -327,10 +339,12 @@ def append_kernel(
     B_KEY_GROUPS: tl.constexpr,
     B_KEY_GROUP_WIDTH: tl.constexpr,
     B_KEY_GROUPS_WIDTH: tl.constexpr,
+    B_KEY_BITS: tl.constexpr,
     B_VALUE_GROUP: tl.constexpr,
     B_VALUE_GROUPS: tl.constexpr,
     B_VALUE_GROUP_WIDTH: tl.constexpr,
     B_VALUE_GROUPS_WIDTH: tl.constexpr,
+    B_VALUE_BITS: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     LENGTH_ON_DEVICE: tl.constexpr,
@@ -349,8 +363,8 @@ def append_kernel(
             a_value_scales, a_value_minima, a_decoded_keys, a_decoded_values, a_num_heads,
             a_slots, a_first, a_sink, a_ring, a_floor,
             A_KEY_CODEC, A_VALUE_CODEC, A_RING,
-            A_KEY_GROUP, A_KEY_GROUPS, A_KEY_GROUP_WIDTH, A_KEY_GROUPS_WIDTH,
-            A_VALUE_GROUP, A_VALUE_GROUPS, A_VALUE_GROUP_WIDTH, A_VALUE_GROUPS_WIDTH,
+            A_KEY_GROUP, A_KEY_GROUPS, A_KEY_GROUP_WIDTH, A_KEY_GROUPS_WIDTH, A_KEY_BITS,
+            A_VALUE_GROUP, A_VALUE_GROUPS, A_VALUE_GROUP_WIDTH, A_VALUE_GROUPS_WIDTH, A_VALUE_BITS,
             DIM, VALUE_DIM, EVICT, N,
         )  # fmt: skip
     elif B_KEY_CODEC is not None:
@@ -361,8 +375,8 @@ def append_kernel(
             b_value_scales, b_value_minima, b_decoded_keys, b_decoded_values, b_num_heads,
             b_slots, b_first, b_sink, b_ring, b_floor,
             B_KEY_CODEC, B_VALUE_CODEC, B_RING,
-            B_KEY_GROUP, B_KEY_GROUPS, B_KEY_GROUP_WIDTH, B_KEY_GROUPS_WIDTH,
-            B_VALUE_GROUP, B_VALUE_GROUPS, B_VALUE_GROUP_WIDTH, B_VALUE_GROUPS_WIDTH,
+            B_KEY_GROUP, B_KEY_GROUPS, B_KEY_GROUP_WIDTH, B_KEY_GROUPS_WIDTH, B_KEY_BITS,
+            B_VALUE_GROUP, B_VALUE_GROUPS, B_VALUE_GROUP_WIDTH, B_VALUE_GROUPS_WIDTH, B_VALUE_BITS,
             DIM, VALUE_DIM, EVICT, N,
         )  # fmt: skip
 

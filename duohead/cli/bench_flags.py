@@ -82,7 +82,8 @@ def _add_common(add: Any, sizes: dict[str, tuple[int, str]]) -> None:
             f"--{kind}-dtype",
             default="auto",
             metavar="D",
-            help=f"storage of {kind} heads: bf16, fp8, int8, int4, or two of them as KEYS/VALUES (%(default)s)",
+            help=f"storage of {kind} heads: bf16, fp8, int8, int4, int4-hadamard, or two of them as KEYS/VALUES "
+            "(%(default)s)",
         )
     add(
         "--dtype",
@@ -111,7 +112,7 @@ def add_kernels(add: Any) -> None:
         "--preset",
         nargs="+",
         metavar="NAME",
-        help="decode-table, prefill-table, shapes: the cases of tables, instead of --op and sizes",
+        help="decode-table, prefill-table, shapes, rotation: the cases of tables, instead of --op and sizes",
     )
     _add_numbers(add, "--lengths", int, [4096, 16384], "tokens")
     _add_numbers(add, "--retrieval-ratio", float, [1.0], "share of KV heads that keep everything")

@@ -2,7 +2,7 @@
 
 Every case is a policy over the bundled pattern. It fills real caches, whose bytes are noted beside exact match on the
 four retrieval tasks and beside perplexity and divergence from the full model on held-out prose; a record holds one case
-at one length. `rotation` says in which basis int4 was stored (`rotation.py`).
+at one length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.prose import evaluate_prose
 from tools.findings.lab import RECENT, RETRIEVAL, SINK
-from tools.findings.rotation import rotated
 
 if TYPE_CHECKING:
     from duohead import HeadPattern
@@ -22,20 +21,24 @@ if TYPE_CHECKING:
     from tools.findings.lab import Lab
 
 RATIOS = (0.5, 0.25)
+# Prose goes through the model so many tokens at a time: few launches, for these models are small.
+CHUNK = 4096
 # Storage of all heads alike; KEYS/VALUES where the two differ.
-ALIKE = ("bf16", "fp8", "int8", "int4", "fp8/int4", "int4/fp8", "int8/int4", "int4/int8")
+ALIKE = (
+    "bf16", "fp8", "int8", "int4", "fp8/int4", "int4/fp8", "int8/int4", "int4/int8",
+    "int4-hadamard", "int4-hadamard/int4", "int4-hadamard/fp8", "fp8/int4-hadamard",
+)  # fmt: skip
 # Storage of retrieval heads and of streaming heads.
 EVICTING = (
     ("bf16", "bf16"), ("fp8", "fp8"), ("int8", "int8"), ("int4", "int4"), ("bf16", "int4"),
     ("fp8", "int4"), ("int8", "int4"), ("fp8/int4", "int4"), ("int8/int4", "int4"),
     ("int8", "bf16"), ("int8/int4", "int8"), ("int4/int8", "int8"), ("int4", "int8"),
+    ("int4-hadamard", "int4-hadamard"), ("int8", "int4-hadamard"), ("int4-hadamard", "int8"),
 )  # fmt: skip
 KEEPING = (
     ("bf16", "fp8"), ("bf16", "int4"), ("fp8", "int4"), ("int8", "int4"), ("int8", "int8/int4"),
-    ("fp8", "fp8/int4"),
+    ("fp8", "fp8/int4"), ("int8", "int4-hadamard"),
 )  # fmt: skip
-ROTATED_ALIKE = ("int4", "fp8/int4", "int4/fp8")
-ROTATED_KINDS = (("int4", "int4"), ("fp8", "int4"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class Case:
     retrieval: str | None
     streaming: str | None
     evict: bool = True
-    rotation: str | None = None
 
     def policy(self, pattern: HeadPattern) -> HeadPolicy | None:
         """The policy over the pattern; natively windowed layers are stored like streaming heads."""
@@ -68,16 +70,10 @@ def cases(ratios: Sequence[float]) -> Iterator[Case]:
     yield Case(1.0, None, None)
     for name in ALIKE:
         yield Case(1.0, name, name)
-    for name in ROTATED_ALIKE:
-        yield Case(1.0, name, name, rotation="hadamard")
-    yield Case(1.0, "int4", "int4", rotation="random")
     for ratio in ratios:
         for evict, kinds in ((True, EVICTING), (False, KEEPING)):
             for retrieval, streaming in kinds:
                 yield Case(ratio, retrieval, streaming, evict)
-        for retrieval, streaming in ROTATED_KINDS:
-            yield Case(ratio, retrieval, streaming, True, "hadamard")
-        yield Case(ratio, "fp8", "int4", False, "hadamard")
 
 
 def precision(lab: Lab) -> None:
@@ -86,10 +82,12 @@ def precision(lab: Lab) -> None:
     first, every = lab.part
     for case in list(cases(lab.ratios or RATIOS))[first - 1 :: every]:
         policy = case.policy(pattern)
-        with rotated(case.rotation):
-            found = _measured(lab, policy)
-        for length, numbers in sorted(found.items()):
-            lab.note("precision", numbers, policy=policy, length=length, **asdict(case))
+        # Where all heads are alike, the pattern has no say.
+        ranked = pattern if case.ratio < 1 else None
+        for length, numbers in sorted(_measured(lab, policy).items()):
+            lab.note(
+                "precision", numbers, policy=policy, ranked=ranked, length=length, **asdict(case)
+            )
 
 
 def _measured(lab: Lab, policy: HeadPolicy | None) -> dict[int, dict[str, Any]]:
@@ -103,6 +101,7 @@ def _measured(lab: Lab, policy: HeadPolicy | None) -> dict[int, dict[str, Any]]:
         policies=policies,
         lengths=effort.prose,
         windows=effort.windows,
+        chunk=CHUNK,
     )
     found: dict[int, dict[str, Any]] = {
         row.length: {
