@@ -24,7 +24,7 @@ from duohead.pattern import HeadPattern
 PERMITTED = {
     "demo": "text out json model seed",
     "identify": "scorer text dataset out restart log dtype device revision steps learning-rate learning-rate-floor "
-    "warmup reg-weight initial sink recent context-min context-max context-lengths num-passkeys passkey-words "
+    "warmup reg-weight initial sink recent context-min context-max context-lengths tasks num-passkeys passkey-words "
     "depth-min depth-max depth-steps teacher-full gradient-checkpointing no-deterministic patience "
     "patience-ratios patience-slack wording chat sequence-parallel shard save-every seed target",
     "inspect": "retrieval-ratio kv-budget threshold sink recent tokens head-dim png capacity model weights memory "
@@ -40,8 +40,9 @@ PERMITTED = {
     "methods random-draws tasks num-fewshot limit batch-size max-length "
     "chunk include-path metadata gen-kwargs apply-chat-template fewshot-as-multiturn "
     "no-fewshot-as-multiturn system-instruction confirm-run-unsafe-code dtype device revision json seed",  # lm-eval
-    "generate": "policy retrieval-ratio kv-budget threshold sink recent prefill-recent retrieval-dtype streaming-dtype "
-    "window-dtype keep-all prompt-file max-new-tokens chunk engine max-length temperature top-p seed dtype device",
+    "generate": "policy pattern retrieval-ratio kv-budget threshold sink recent prefill-recent retrieval-dtype "
+    "streaming-dtype window-dtype keep-all prompt-file max-new-tokens chunk engine max-length temperature top-p seed "
+    "dtype device",
     "bench": "op preset lengths retrieval-ratio baselines seconds heads kv-heads head-dim batch sink recent "
     "queries past retrieval-dtype streaming-dtype impl dtype device json "  # kernels
     "measure methods model preset lengths chunks retrieval-ratio weights compile seconds batch sink "

@@ -342,6 +342,8 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "heads").write_text("mine")
     with pytest.raises(ValueError, match="out must be a folder, got the file"):
         run(tmp_path / "heads")
+    with pytest.raises(ValueError, match="out must be a folder, got one below the file '.*/heads'"):
+        run(tmp_path / "heads" / "deep" / "out")
     assert (tmp_path / "heads").read_text() == "mine"
 
 

@@ -52,27 +52,45 @@ def test_the_command_finds_what_the_function_finds(
     assert pattern.base_model == saved[0]
 
 
+def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Have Ctrl-C come in that step, from 0."""
+    original, calls = train.distillation, iter(range(100))
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    patch.setattr(train, "distillation", interrupted)
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_one_line(
     saved: tuple[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, calls = train.distillation, iter(range(100))
-
-    def interrupted(*arguments: Any) -> Any:
-        if next(calls) == 7:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
     out = tmp_path / "heads"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "distillation", interrupted)
+        interrupt_at(7, patch)
         assert main(command(*saved, out)) == 130
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(path.name for path in out.iterdir()) == sorted([LOG, COST, CHECKPOINT])
     assert main(command(*saved, out)) == 0
     assert HeadPattern.load(out).alpha.tobytes() == run().alpha.tobytes()
+
+
+def test_ctrl_c_before_the_first_checkpoint_says_that_there_is_none(
+    saved: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "heads"
+    interrupt_at(2, monkeypatch)
+    assert main(command(*saved, out)) == 130
+    assert "there is no checkpoint yet; run the same command" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [LOG]
 
 
 def test_every_bad_input_ends_in_one_line_and_writes_nothing(
@@ -114,14 +132,11 @@ def test_restarting_is_as_safe_as_not_to_start(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     out = tmp_path / "heads"
     assert main(command(*saved, out)) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(train, "distillation", interrupted)
+        interrupt_at(0, patch)
         assert main(command(*saved, out, "--restart")) == 130
     assert f"{out} is as it was" in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

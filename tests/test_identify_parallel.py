@@ -20,12 +20,13 @@ from tiny_identification import OPTIONS, TEXT, run, tiny, tokenizer
 
 from duohead.cli import identify
 from duohead.fingerprint import TOKENS
-from duohead.identify import Step, train
+from duohead.identify import Step
 from duohead.identify.checkpoint import LOG
 from duohead.identify.gates import Gates, distillation, installed
 from duohead.identify.haystack import tokens
 from duohead.identify.options import IdentifyOptions
 from duohead.identify.parallel import Ranks, joined, shard
+from duohead.identify.samples import training_samples
 from duohead.identify.scorers import score
 from duohead.pattern import HeadPattern
 from duohead.shapes import LayerShape
@@ -173,7 +174,7 @@ def test_two_processes_identify_what_one_does_also_when_interrupted(
 def test_processes_with_a_sample_each_take_the_mean_over_samples(two: Path) -> None:
     assert HeadPattern.load(two / "pairs").training["samples_per_step"] == 2
     ids = tokens(TEXT, tokenizer(), at_least=400, at_most=6400)
-    samples = train._dataset(tokenizer(), ids, PAIRS, 400)
+    samples = training_samples(tokenizer(), ids, PAIRS, 400)
     gates = Gates.of(model := tiny(), sink=OPTIONS.sink, recent=OPTIONS.recent, initial=0.5)
     with torch.no_grad(), installed(model, gates) as backbone:
         losses = [distillation(backbone, gates, samples[index]).item() for index in range(2)]
@@ -185,7 +186,7 @@ def test_processes_with_a_sample_each_take_the_mean_over_samples(two: Path) -> N
 
 def test_the_cost_is_that_of_all_processes(two: Path) -> None:
     ids = tokens(TEXT, tokenizer(), at_least=400, at_most=6400)
-    samples = train._dataset(tokenizer(), ids, PAIRS, 400)
+    samples = training_samples(tokenizer(), ids, PAIRS, 400)
     whole = sum(len(samples[index].input_ids) for index in range(2 * PAIRS.steps))
     cost = HeadPattern.load(two / "cost").training["cost"]
     # In the end each process takes the model's fingerprint, one pass of a few tokens.

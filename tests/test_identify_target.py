@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny_identification import OPTIONS, TEXT, run, tiny, tokenizer
 
-from duohead.identify import IdentifyOptions, Step, haystack, train
+from duohead.identify import IdentifyOptions, Step, haystack
 from duohead.identify.checkpoint import LOG
 from duohead.identify.descent import PRESSURE
 from duohead.identify.gates import Gates, distillation, installed
+from duohead.identify.samples import training_samples
 
 # Fast enough for the gates to keep up with the share that they are led to.
 AIMED = replace(OPTIONS, steps=30, learning_rate=0.1, target=0.2)
@@ -53,7 +54,7 @@ def test_gates_rest_above_the_target_where_answers_resist_the_pull(tmp_path: Pat
     with torch.no_grad():
         gates.values.copy_(values)
     ids = haystack.tokens(TEXT, tokenizer(), at_least=400, at_most=6400)
-    samples = train._dataset(tokenizer(), ids, options, 400)
+    samples = training_samples(tokenizer(), ids, options, 400)
     with installed(model, gates) as backbone:
         for step in range(50, 60):
             (distillation(backbone, gates, samples[step]) / 10).backward()

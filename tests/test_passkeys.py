@@ -13,7 +13,7 @@ import torch
 from duohead import pocket
 from duohead.identify.assembly import Sample
 from duohead.identify.haystack import default_text, read_text, tokens
-from duohead.identify.passkeys import ORDINALS, WORDS, PasskeyDataset, passkey_sample
+from duohead.identify.passkeys import ORDINALS, WORDS, passkey_sample
 
 
 @pytest.fixture(scope="module")
@@ -130,29 +130,6 @@ def test_the_same_seed_gives_the_same_sample(tokenizer: Any, haystack: torch.Ten
     one, same, other = (make(tokenizer, haystack, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.input_ids, same.input_ids) and one.answers == same.answers
     assert not torch.equal(one.input_ids, other.input_ids)
-
-
-def test_a_dataset_gives_a_step_the_same_sample_in_any_order(
-    tokenizer: Any, haystack: torch.Tensor
-) -> None:
-    options: dict[str, Any] = {
-        "context_min": 600,
-        "context_max": 1200,
-        "intervals": 5,
-        "num_passkeys": 2,
-    }
-    data, again = (PasskeyDataset(tokenizer, haystack, **options) for _ in range(2))
-    forwards = [data[step].input_ids for step in range(7)]
-    backwards = [again[step].input_ids for step in reversed(range(7))][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
-    assert (
-        sorted(len(ids) for ids in forwards[:5])
-        == data.context_lengths
-        == [600, 750, 900, 1050, 1200]
-    )
-    assert not torch.equal(
-        PasskeyDataset(tokenizer, haystack, seed=1, **options)[0].input_ids, forwards[0]
-    )
 
 
 @pytest.mark.parametrize(

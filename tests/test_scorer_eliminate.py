@@ -14,13 +14,16 @@ from tiny_identification import TEXT, tiny, tokenizer
 
 from duohead.identify import haystack
 from duohead.identify.gates import Gates, installed
+from duohead.identify.passkeys import WORDS
 from duohead.identify.scorers import eliminate as module
 from duohead.identify.scorers.departures import Heads, _together, eliminate, refine
 from duohead.identify.scorers.eliminate import (
     DEFAULT_CONTEXT,
+    MOST_QUESTIONS,
     SCORER,
     EliminateOptions,
     _Choices,
+    _each,
     _Exam,
     _quizzes,
     measure,
@@ -291,12 +294,35 @@ def test_options_out_of_range_and_texts_without_words_are_refused() -> None:
         EliminateOptions(exhaustive=17)
     with pytest.raises(ValueError, match="context_min must exceed sink [+] recent = 384"):
         EliminateOptions(context_min=384)
-    with pytest.raises(ValueError, match="questions must be at most 20"):
-        EliminateOptions(questions=21)
-    with pytest.raises(ValueError, match="runs of 16 words"):
+    for questions in (0, 21):
+        with pytest.raises(ValueError, match=f"questions must be from 1 to 20, got {questions}"):
+            EliminateOptions(questions=questions)
+    with pytest.raises(ValueError, match="runs of (8|16) words"):
         measure(tiny(), tokenizer(), "1 2 3 4 " * 2000, options=OPTIONS, progress=False)
+    crowded = "20 questions of each kind do not fit; raise context_min or, for eliminate, lower questions: context_len"
+    with pytest.raises(ValueError, match=crowded):
+        ranked(replace(OPTIONS, questions=20))
     with pytest.raises(ValueError, match="context must not exceed 512"):
         ranked(replace(OPTIONS, context=600))
+
+
+def test_as_many_questions_are_asked_as_all_texts_have_room_for() -> None:
+    """At most six: a tokenizer that cuts words small leaves room for fewer, and the facts say how many."""
+    model = tiny(max_position_embeddings=4096)
+
+    def quizzes(context: int, questions: int | None = None) -> list[Quiz]:
+        options = replace(OPTIONS, context=context, context_min=context, questions=questions)
+        return _quizzes(model, tokenizer(), TEXT, options)
+
+    for context, most in ((400, 1), (1500, 2), (4000, 4)):
+        found = quizzes(context)
+        assert [given.kinds.count("list") for given in found] == [most] * OPTIONS.samples
+        assert _each(found) == most < MOST_QUESTIONS
+        with pytest.raises(ValueError, match=f"{most + 1} questions of each kind do not fit"):
+            quizzes(context, most + 1)
+    with pytest.raises(ValueError, match="1 questions of each kind do not fit; raise context_min"):
+        quizzes(200)
+    assert ranked(replace(OPTIONS, questions=None))[1]["questions"] == 1
 
 
 def a_quiz(*, seed: int = 0, each: int = 1, length: int = 400) -> Quiz:
@@ -332,6 +358,18 @@ def test_a_quiz_asks_for_what_its_text_holds() -> None:
         lead = tokenizer().decode(given.input_ids[:start]).rsplit("\n\n", 1)[1]
         assert text.count(lead + answer) == 2
         assert len(lead) > 10 and len(answer) > 5
+
+
+def test_lists_are_of_words_of_the_text_and_long_ones_of_passkeys() -> None:
+    given = a_quiz(each=2, length=1300)
+    known = set(TEXT.split())
+    for (start, end), kind in zip(given.answers, given.kinds, strict=True):
+        words = set(tokenizer().decode(given.input_ids[start:end]).split())
+        if kind == "list":
+            assert words <= known
+            assert not words <= set(WORDS)
+        if kind == "copy":
+            assert words <= set(WORDS)
 
 
 def test_a_quiz_hides_more_codes_than_it_asks_for() -> None:

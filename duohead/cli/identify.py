@@ -40,6 +40,7 @@ FLAGS = (
     "--context-min",
     "--context-max",
     "--context-lengths",
+    "--tasks",
     "--num-passkeys",
     "--passkey-words",
     "--depth-min",
@@ -242,7 +243,8 @@ def _add_option(group: Any, field: Field[Any]) -> None:
         text += " (%(default)s)"
         more["metavar"] = "N" if isinstance(default, int) else "X"
     if "choices" in field.metadata:
-        more = {"choices": field.metadata["choices"]}
+        del more["metavar"]
+        more["choices"] = field.metadata["choices"]
     group.add_argument(flag, default=default, help=text, **more)
 
 
@@ -251,7 +253,7 @@ def _how_to_go_on(args: argparse.Namespace, trains: bool, before: int | None) ->
 
     now = written_at(args.out)
     if not trains or now is None:
-        return "nothing was written yet; run the same command again to begin anew"
+        return "there is no checkpoint yet; run the same command again to begin anew"
     if args.restart and now == before:
         return f"{args.out} is as it was; run the same command again to begin anew"
     again = "the same command without --restart" if args.restart else "the same command"

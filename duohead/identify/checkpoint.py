@@ -45,8 +45,10 @@ class RunFolder:
         self, folder: str | Path, identity: Mapping[str, Any], *, restart: bool = False
     ) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"out must be a folder, got the file {str(folder)!r}; name another")
+        last = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not last.is_dir():
+            got = "the file" if last == self.folder else "one below the file"
+            raise ValueError(f"out must be a folder, got {got} {str(last)!r}; name another")
         self._identity = json.loads(json.dumps(identity))
         self._checkpoint, self._log = self.folder / CHECKPOINT, self.folder / LOG
         self._refuse_to_overwrite(restart)

@@ -34,6 +34,10 @@ class Descent(Stability):
         """Each gate's mean over the steps that were watched."""
         return [total / self._count for total in self._sums]
 
+    def penalty(self, mean: Tensor, *, step: int) -> Tensor:
+        """The pressure on what the ``mean`` gate is above its share of the way; nothing below."""
+        return PRESSURE * torch.relu(mean - self._options.share_at(step)) ** 2
+
     def watch(self, step: int, values: Tensor) -> None:
         """Look at the gates [N] as they are after ``step`` (from 0)."""
         super().watch(step, values)
@@ -54,10 +58,3 @@ class Descent(Stability):
 def follow(options: IdentifyOptions) -> Stability:
     """What watches a run of these options: a `Descent` if they have a target."""
     return Descent(options) if options.target else Stability(options)
-
-
-def regulariser(mean: Tensor, options: IdentifyOptions, *, step: int) -> Tensor:
-    """What the loss adds for a ``mean`` gate at a step: the paper's, or with a target the pressure on the excess."""
-    if not options.target:
-        return options.reg_weight * mean
-    return PRESSURE * torch.relu(mean - options.share_at(step)) ** 2

@@ -12,6 +12,9 @@ from typing import Any
 from duohead.identify.wording import CHAT, Wording
 
 LONGEST_DEFAULT = 32_000
+PASSKEYS = "passkeys"
+# Passkeys, and the lookups that `scorers.quiz` has questions of.
+TASKS = (PASSKEYS, "list", "copy", "code", "quotation")
 _WORDING = Wording()
 # What trades memory, time or bits for one another and leaves the method as it is.
 _IMMATERIAL = (
@@ -20,6 +23,14 @@ _IMMATERIAL = (
     "deterministic",
     "shard",
     "sequence_parallel",
+)
+_OF_PASSKEYS = (
+    "num_passkeys",
+    "passkey_words",
+    "depth_min",
+    "depth_max",
+    "depth_steps",
+    "wording",
 )
 
 
@@ -64,6 +75,9 @@ class IdentifyOptions:
         None, f"longest sample (default: the model's positions, at most {LONGEST_DEFAULT})"
     )
     context_lengths: int = option(50, "evenly spaced lengths from shortest to longest")
+    tasks: tuple[str, ...] = option(
+        (PASSKEYS,), "what samples ask for, step by step in turn", choices=TASKS
+    )
     num_passkeys: int = option(10, "passkeys in a sample")
     passkey_words: int = option(32, "words in a passkey")
     depth_min: float = option(0.05, "shallowest passkey, as a share of the text")
@@ -125,6 +139,7 @@ class IdentifyOptions:
             f"must be at least context_min = {self.context_min}",
         )
         require(self, "chat", self.chat in CHAT, f"must be one of {', '.join(CHAT)}")
+        self._check_tasks()
         require(
             self,
             "patience",
@@ -149,6 +164,23 @@ class IdentifyOptions:
             self.sequence_parallel is None or self.sequence_parallel > 0,
             "must be above 0",
         )
+
+    def _check_tasks(self) -> None:
+        known = 0 < len(self.tasks) == len({*self.tasks} & {*TASKS})
+        require(self, "tasks", known, f"must be different ones of {', '.join(TASKS)}")
+        require(
+            self,
+            "chat",
+            self.chat != "yes" or {*self.tasks} == {PASSKEYS},
+            "must not be yes with tasks other than passkeys, whose texts have no turns",
+        )
+        for name in _OF_PASSKEYS:
+            require(
+                self,
+                name,
+                PASSKEYS in self.tasks or getattr(self, name) == getattr(type(self), name),
+                "must be left alone without passkeys among the tasks",
+            )
 
     def longest(self, positions: int | None) -> int:
         """The longest sample for a model with that many positions (None: not limited).

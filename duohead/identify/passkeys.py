@@ -1,8 +1,7 @@
 """The synthetic task that shows which heads retrieve: passkeys hidden in a long text, asked for by ordinal at its end.
 
 A head matters for retrieval if the answers get worse without its long context, so the answers are random words that
-nothing but the far needle can predict. `passkey_sample` makes one sequence with the spans of its answers;
-`PasskeyDataset` makes the one of any training step from its seed, so that a resumed run sees the same data.
+nothing but the far needle can predict. `passkey_sample` makes one sequence with the spans of its answers.
 Paper: arXiv 2410.10819, section 2.3 (ten passkeys of 32 words, depths 5-95 %); our own words, replaceable.
 """
 
@@ -165,69 +164,3 @@ def weave(
         bos=bos,
         generator=generator,
     )
-
-
-class PasskeyDataset:
-    """The sample of each training step: `dataset[step]` depends on `seed` and `step` alone, so that a run can resume.
-
-    Context lengths are `intervals` evenly spaced ones from `context_min` to `context_max`, each once per epoch of
-    `intervals` steps, in an order shuffled anew every epoch. Further options go to `passkey_sample`.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        haystack_ids: torch.Tensor,
-        *,
-        context_min: int,
-        context_max: int,
-        intervals: int = 50,
-        seed: int = 0,
-        num_passkeys: int = 10,
-        passkey_words: int = 32,
-        depths: tuple[float, float] = (0.05, 0.95),
-        depth_steps: int = 1000,
-        wording: Wording | None = None,
-        chat: str = "no",
-    ) -> None:
-        if not 1 <= context_min <= context_max:
-            raise ValueError(
-                f"context_min must be 1 to context_max={context_max}, got {context_min}"
-            )
-        if intervals < 1:
-            raise ValueError(
-                f"intervals must be at least 1, got {intervals}; it is the number of context lengths"
-            )
-        self.context_lengths = [
-            int(n) for n in torch.linspace(context_min, context_max, intervals).tolist()
-        ]
-        self._tokenizer, self._haystack_ids, self._seed = tokenizer, haystack_ids, seed
-        self._num_passkeys, self._passkey_words = num_passkeys, passkey_words
-        self._depths, self._depth_steps = depths, depth_steps
-        self._wording, self._chat = wording, chat
-
-    def context_length(self, step: int) -> int:
-        """Length in tokens of the sample of `step` (steps count from 0)."""
-        epoch, place = divmod(step, len(self.context_lengths))
-        order = torch.randperm(len(self.context_lengths), generator=self._generator(epoch, 0))
-        return self.context_lengths[int(order[place])]
-
-    def __getitem__(self, step: int) -> Sample:
-        if step < 0:
-            raise IndexError(f"step must not be negative, got {step}")
-        return passkey_sample(
-            self._tokenizer,
-            self._haystack_ids,
-            context_length=self.context_length(step),
-            num_passkeys=self._num_passkeys,
-            passkey_words=self._passkey_words,
-            depths=self._depths,
-            depth_steps=self._depth_steps,
-            wording=self._wording,
-            chat=self._chat,
-            generator=self._generator(step, 1),
-        )
-
-    def _generator(self, number: int, stream: int) -> torch.Generator:
-        # Two streams (order of an epoch, content of a step) of one seed, never the same: odd and even seeds.
-        return torch.Generator().manual_seed((self._seed * 1_000_003 + number) * 2 + stream)

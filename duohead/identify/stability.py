@@ -1,7 +1,8 @@
-"""When the ranking of heads has settled: the same heads selected at every asked ratio, for long enough.
+"""The course of a run: what presses on its gates, and when their ranking has settled so that it may end.
 
 Selection needs the order of gates, not their final values, and the order is often there long before the paper's 2000
-steps are done. Use `Stability(options)`, `watch(step, values)` after every step, and `ends` for the length of the run.
+steps are done. Use `Stability(options)`, `penalty(mean, step=step)` in the loss, `watch(step, values)` after the step,
+and `ends` for the length of the run.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Stability:
     def steps(self) -> int:
         """Steps of the run, as far as one can tell now."""
         return self._options.steps if self._ends is None else self._ends
+
+    def penalty(self, mean: Tensor, *, step: int) -> Tensor:
+        """What the loss adds at ``step`` (from 0) for a ``mean`` gate: the paper's constant share of it."""
+        return self._options.reg_weight * mean
 
     def watch(self, step: int, values: Tensor) -> None:
         """Look at the gates [N] as they are after ``step`` (from 0)."""

@@ -19,12 +19,12 @@ from torch import nn
 
 from duohead.identify import haystack
 from duohead.identify.checkpoint import RunFolder, fingerprint, token_digest
-from duohead.identify.descent import Descent, follow, regulariser
+from duohead.identify.descent import Descent, follow
 from duohead.identify.gates import Gates, distillation, installed
 from duohead.identify.loggers import check, loggers
 from duohead.identify.options import IdentifyOptions
 from duohead.identify.parallel import Ranks, refuse_tensor_parallel, shard
-from duohead.identify.passkeys import PasskeyDataset
+from duohead.identify.samples import training_samples
 from duohead.identify.stability import Stability
 from duohead.shapes import layer_shapes, text_config
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 # Enough text that samples differ, little enough that a library of books need not be tokenised whole.
 _TEXT_PER_CONTEXT = 16
-_PROBED_SAMPLES = 16
 # About as many columns as a picture of the gates over time has.
 _LOGGED_GATES = 200
 
@@ -95,7 +94,7 @@ def identify(
         ids = haystack.tokens(
             text, tokenizer, at_least=longest, at_most=_TEXT_PER_CONTEXT * longest
         )
-        dataset = _dataset(tokenizer, ids, options, longest)
+        dataset = training_samples(tokenizer, ids, options, longest, samples_per_step=ranks.samples)
         folder = None
         if out is not None and ranks.first:
             folder = RunFolder(out, _identity(model, ids, options, ranks), restart=restart)
@@ -215,7 +214,7 @@ def train_gates(
         sample = dataset[step * ranks.samples + ranks.row]
         part = distillation(backbone, gates, sample) / ranks.samples
         mean = gates.penalty()
-        penalty = regulariser(mean, options, step=step)
+        penalty = stability.penalty(mean, step=step)
         optimizer.zero_grad()
         # Every process adds its share of the regulariser, so that the sum of their gradients is that of the loss.
         (part + penalty / ranks.world).backward()
@@ -280,33 +279,6 @@ def _identity(
         "model": fingerprint(model),
         "text": token_digest(ids),
     }
-
-
-def _dataset(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: torch.Tensor,
-    options: IdentifyOptions,
-    longest: int,
-) -> PasskeyDataset:
-    dataset = PasskeyDataset(
-        tokenizer,
-        ids,
-        context_min=options.context_min,
-        context_max=longest,
-        intervals=options.context_lengths,
-        seed=options.seed,
-        num_passkeys=options.num_passkeys,
-        passkey_words=options.passkey_words,
-        depths=(options.depth_min, options.depth_max),
-        depth_steps=options.depth_steps,
-        wording=options.wording,
-        chat=options.chat,
-    )
-    # Needles may not fit into the shortest contexts, which must not be found out in the middle of a run.
-    shortest = sorted(range(options.steps), key=dataset.context_length)[:_PROBED_SAMPLES]
-    for step in shortest:
-        _ = dataset[step]
-    return dataset
 
 
 def _pattern(

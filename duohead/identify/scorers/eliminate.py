@@ -9,6 +9,7 @@ Use `score("eliminate", model, tokenizer, text)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from duohead.identify.scorers.quiz import KINDS, Quiz, quiz
 from duohead.shapes import layer_shapes
 
 DEFAULT_CONTEXT = 8192
+MOST_QUESTIONS = 6
 # Enough text that quizzes differ, little enough that a library of books need not be tokenised whole.
 _TEXT_PER_CONTEXT = 16
 
@@ -49,7 +51,10 @@ class EliminateOptions(ScorerOptions):
     samples: int = option(8, "texts that choices are judged by, of evenly spaced lengths")
     screen: int = option(2, "shortest of these texts, by which all choices are sorted first")
     finalists: int = option(3, "choices, the best on those, that the other texts judge as well")
-    questions: int = option(3, "questions of each kind in a text")
+    questions: int | None = option(
+        None,
+        f"questions of each kind in a text (default: {MOST_QUESTIONS}, or what all texts hold)",
+    )
     prose: int = option(64, "tokens of the text itself that are scored too")
     tries: int = option(16, "most choices tried for one departure, the promising first")
     one_by_one: int = option(
@@ -64,7 +69,6 @@ class EliminateOptions(ScorerOptions):
             "samples",
             "screen",
             "finalists",
-            "questions",
             "tries",
             "one_by_one",
             "exhaustive",
@@ -72,7 +76,8 @@ class EliminateOptions(ScorerOptions):
         ):
             require(self, name, getattr(self, name) > 0, "must be above 0")
         require(self, "prose", self.prose >= 0, "must not be negative")
-        require(self, "questions", self.questions <= 20, "must be at most 20")
+        asked = 1 if self.questions is None else self.questions
+        require(self, "questions", 0 < asked <= 20, "must be from 1 to 20")
         require(self, "exhaustive", self.exhaustive <= 16, "must be at most 16 (65536 subsets)")
         window = self.sink + self.recent
         require(
@@ -235,7 +240,7 @@ def measure(
     """When each head left: 0 for the first, one less than the number of gated heads for the last.
 
     The facts are ``losses``, what is lost with 0, 1, 2 ... retrieval heads, and ``choices`` and ``judged``, how many
-    choices were tried and how many of them by all texts.
+    choices were tried and how many of them by all texts, and ``questions``, how many of each kind a text had.
     """
     from tqdm import tqdm
 
@@ -257,7 +262,12 @@ def measure(
     with torch.no_grad():
         choices.values.copy_(left)
     tried, judged = exam.choices
-    return torch.from_numpy(choices.alpha), {"losses": losses, "choices": tried, "judged": judged}
+    facts = {"losses": losses, "choices": tried, "judged": judged, "questions": _each(quizzes)}
+    return torch.from_numpy(choices.alpha), facts
+
+
+def _each(quizzes: Sequence[Quiz]) -> int:
+    return quizzes[0].kinds.count("list")
 
 
 def _quizzes(
@@ -267,19 +277,29 @@ def _quizzes(
     longest = context_length(model, options.context, default=DEFAULT_CONTEXT, window=window)
     shortest = min(options.context_min, longest)
     ids = haystack.tokens(text, tokenizer, at_least=longest, at_most=_TEXT_PER_CONTEXT * longest)
-    generator = torch.Generator().manual_seed(options.seed)
-    return [
-        quiz(
-            tokenizer,
-            ids,
-            context_length=int(length),
-            each=options.questions,
-            prose=options.prose,
-            first=window,
-            generator=generator,
-        )
-        for length in torch.linspace(longest, shortest, options.samples).tolist()
-    ]
+
+    def drawn(each: int) -> list[Quiz]:
+        generator = torch.Generator().manual_seed(options.seed)
+        return [
+            quiz(
+                tokenizer,
+                ids,
+                context_length=int(length),
+                each=each,
+                prose=options.prose,
+                first=window,
+                generator=generator,
+            )
+            for length in torch.linspace(longest, shortest, options.samples).tolist()
+        ]
+
+    if options.questions is not None:
+        return drawn(options.questions)
+    for each in range(MOST_QUESTIONS, 1, -1):
+        # Tokenizers that cut words small leave room for fewer.
+        with suppress(ValueError):
+            return drawn(each)
+    return drawn(1)
 
 
 SCORER = Scorer(

@@ -1,8 +1,8 @@
 """Long texts with several kinds of questions at their end: what a choice of heads is judged by when heads are given up.
 
 A choice that only has to answer passkeys keeps the heads of passkeys and drops what other lookups need, so one text
-asks for word lists by ordinal, short and long ones, codes by key and quotations by their beginning, and scores prose
-where nothing is asked.
+asks for words of the haystack and long lists of passkeys by ordinal, codes by key and quotations by their beginning,
+and scores prose where nothing is asked.
 Use `quiz(tokenizer, haystack_ids, context_length=4096, each=3, prose=64, first=384, generator=g)`.
 """
 
@@ -19,6 +19,8 @@ from duohead.identify.passkeys import ORDINALS, WORDS, Needle, weave
 
 KINDS = ("list", "copy", "code", "quotation", "prose")
 _LIST_WORDS = 8
+# Tokens of the text whose different words a list draws from: enough for rare ones, few enough to decode for each list.
+_PAGE = 1024
 # Tokens of context for each word of a long list: what was found must be read on for long.
 _PER_WORD = 64
 _CODE_DIGITS = 6
@@ -69,17 +71,22 @@ def quiz(
     order = torch.randperm(len(needles), generator=generator).tolist()
     codes = [place for place in order if kinds[place] == "code"]
     asked = [place for place in order if place not in codes[each:]]
-    sample = weave(
-        tokenizer,
-        haystack_ids,
-        needles,
-        context_length=context_length,
-        intro="",
-        outro="\n\n",
-        question_end="\n\n",
-        asked=asked,
-        generator=generator,
-    )
+    try:
+        sample = weave(
+            tokenizer,
+            haystack_ids,
+            needles,
+            context_length=context_length,
+            intro="",
+            outro="\n\n",
+            question_end="\n\n",
+            asked=asked,
+            generator=generator,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{each} questions of each kind do not fit; raise context_min or, for eliminate, lower questions: {error}"
+        ) from error
     last = sample.answers[0][0]
     drawn = first + torch.randperm(max(0, last - first), generator=generator)[:prose]
     alone = [(place, place + 1) for place in drawn.sort().values.tolist()]
@@ -105,9 +112,11 @@ def _needles(
     needles = []
     for kind, depth in zip(kinds, depths, strict=True):
         if kind in ordinals:
-            count, name = (_LIST_WORDS, "list") if kind == "list" else (long, "long list")
+            short = kind == "list"
+            count, name = (_LIST_WORDS, "list") if short else (long, "long list")
+            words = _words(tokenizer, haystack_ids, generator) if short else WORDS
             lead = f"The {next(ordinals[kind])} {name} of words:"
-            value = "".join(f" {WORDS[i]}" for i in _draw(len(WORDS), count, generator))
+            value = "".join(f" {words[i]}" for i in _draw(len(words), count, generator))
         elif kind == "code":
             key, half = divmod(next(keys), len(_KEY_WORDS))
             lead = f"The code of {_KEY_WORDS[key]} {_KEY_WORDS[half]} is"
@@ -124,17 +133,32 @@ def _draw(options: int, count: int, generator: torch.Generator) -> Sequence[int]
     return drawn
 
 
-def _passage(tokenizer: Any, haystack_ids: Tensor, generator: torch.Generator) -> list[str]:
+def _words(tokenizer: Any, haystack_ids: Tensor, generator: torch.Generator) -> Sequence[str]:
+    """The different words of a page from anywhere in the text.
+
+    A few fixed words have a few fixed spellings, and heads that other spellings need would not be missed.
+    """
+    return sorted(set(_run(tokenizer, haystack_ids, _PAGE, _LIST_WORDS, generator)))
+
+
+def _passage(tokenizer: Any, haystack_ids: Tensor, generator: torch.Generator) -> Sequence[str]:
     """Consecutive words from anywhere in the text: the cue and what follows it."""
     needed = _CUE_WORDS + _QUOTED_WORDS
+    return _run(tokenizer, haystack_ids, _PASSAGE, needed, generator)[:needed]
+
+
+def _run(
+    tokenizer: Any, haystack_ids: Tensor, tokens: int, needed: int, generator: torch.Generator
+) -> Sequence[str]:
+    """The words among so many tokens from anywhere in the text, at least as many as needed."""
     for _ in range(100):
-        start = int(torch.randint(max(1, len(haystack_ids) - _PASSAGE), (1,), generator=generator))
+        start = int(torch.randint(max(1, len(haystack_ids) - tokens), (1,), generator=generator))
         # The first and the last word may be half of one; what is not a word is hard to copy for small models.
-        some = tokenizer.decode(haystack_ids[start : start + _PASSAGE]).split()[1:-1]
+        some = tokenizer.decode(haystack_ids[start : start + tokens]).split()[1:-1]
         words = [word for word in some if word.isalpha()]
         if len(words) >= needed:
-            return words[:needed]
+            return words
     raise ValueError(
-        f"text must have runs of {needed} words within {_PASSAGE} tokens to quote from, got none in 100 tries; "
+        f"text must have runs of {needed} words within {tokens} tokens to ask for, got none in 100 tries; "
         "give prose in a language that separates words"
     )
