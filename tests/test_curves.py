@@ -46,6 +46,18 @@ def test_curves_stay_inside_the_frame_and_apart_in_style() -> None:
     assert unstyled(names, many) == " In the table only: 15."
 
 
+def test_long_ticks_push_the_frame_to_the_right_and_are_not_clipped() -> None:
+    curves = [Curve("a", ((1.0, 0.0001), (2.0, 0.0004)), "one")]
+    wide, narrow = (
+        curve_chart(own, x=Axis("x"), y=Axis("y"), title="t", description="")
+        for own in (curves, [Curve("a", ((1.0, 1.0), (2.0, 4.0)), "one")])
+    )
+    ticks = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]+)<', wide)
+    assert "0.0001" in dict(map(reversed, ticks))
+    assert all(float(x) >= 6.5 * len(said) for x, said in ticks)
+    assert 'x="39"' in narrow
+
+
 def test_every_scorer_has_a_mark_that_is_told_without_its_colour() -> None:
     from duohead.identify.scorers import NAMES
 

@@ -106,11 +106,15 @@ def test_heat_map_cells_lose_their_numbers_when_they_get_small_but_no_cell_is_lo
             [(r * columns + c) / (rows * columns) for c in range(columns)] for r in range(rows)
         ]
         names = [str(i) for i in range(max(rows, columns))]
-        return HeatMap(values, names[:rows], names[:columns], "x", "y", "t", "d").svg()
+        return HeatMap(
+            values, names[:rows], names[:columns], "x", "y", "t", "d", cell="{:.0f}", percent=True
+        ).svg()
 
-    small, large = draw(4, 8), draw(32, 80)
+    small, paper, large = draw(4, 8), draw(10, 13), draw(32, 80)
     assert small.count('class="heat"') == 32
     assert small.count('class="value') == 32
+    assert "value small" not in small
+    assert paper.count('class="value small') == 130
     assert large.count('class="heat"') == 2560
     assert large.count('class="value') == 0
 

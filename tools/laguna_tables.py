@@ -6,7 +6,7 @@ one thing the newest counts. Needles at the very start and end of a text are lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from duohead.evaluate.results import NeedleResult
 from duohead.evaluate.svg import short_count
 from duohead.record import read_records
 from tools.finding_records import TASKS, Records
+from tools.needle_tables import HEADS, named, span, weight
 from tools.speed_tables import NOTHING, machine_line, table
 
 WINDOWS = "laguna.windows"
@@ -27,27 +28,24 @@ def accuracy(path: Path) -> str:
     given = NeedleResult.read(path)
     result = NeedleResult(tuple(row for row in given.rows if 0 < row.depth < 1))
     prose = {row.method: row for row in ProseResult.read(path).rows}
-    longest, dense = max(result.lengths), 0
+    longest = result.lengths[-1]
     rows = []
-    shares = {row.method: row.retrieval_ratio for row in result.rows}
-    for name, methods in _named(shares).items():
-        exact = [_span([100 * result.mean(method=m, task=task) for m in methods]) for task in TASKS]
+    for name, methods in named(result).items():
+        exact = [span([100 * result.mean(method=m, task=task) for m in methods]) for task in TASKS]
         first = [100 * result.mean("first_token", method=m) for m in methods]
-        size = result.kv_bytes(method=methods[0], length=longest)
-        dense = dense or size
         told = [prose[m] for m in methods if m in prose]
         rows.append(
             [
                 name,
                 *exact,
-                _span(first),
+                span(first),
                 f"{told[0].perplexity:.2f}" if told else "",
                 f"{told[0].kl_nats:.3f}" if told else "",
-                f"{size / 2**20:.1f} MiB, {100 * size / dense:.0f} %",
+                weight(result, methods[0]),
             ]
         )
     length = short_count(next(iter(prose.values())).length)
-    head = ["heads that keep everything", *TASKS, "first token", f"perplexity, {length}"]
+    head = [HEADS, *TASKS, "first token", f"perplexity, {length}"]
     head += [f"KL, {length}", f"cache, {short_count(longest)}"]
     return table(head, rows) + f"\n{machine_line(read_records(path)[-1])}\n"
 
@@ -87,28 +85,6 @@ def _layers(alpha: Sequence[Sequence[float | None]], native: Sequence[Sequence[A
     best = sorted(scored, reverse=True)[: round(SHARE * len(scored))]
     inside = sum(native[layer][0] is None for _, layer in best)
     return f"{len(best) - inside} in global layers, {inside} in windowed ones"
-
-
-def _named(shares: Mapping[str, float]) -> dict[str, list[str]]:
-    """What a row is called, and the methods in it, from many heads to few; random draws of one share are one row.
-
-    Methods are named by the share that was asked for; a row says what was kept, which of twelve heads may be another.
-    """
-    found: dict[str, list[str]] = {}
-    for method in sorted(shares, key=lambda method: (-shares[method], method.startswith("random"))):
-        kind, share = method.partition("_")[0], f"{100 * shares[method]:.3g} %"
-        name = {"full": "all (full attention)", "streaming": "none (all heads stream)"}.get(kind)
-        name = name or {"duo": f"identified, {share}", "random": f"random, {share}"}[kind]
-        found.setdefault(name, []).append(method)
-    return {
-        f"{name} ({len(own)} draw{'s'[: len(own) - 1]})" if name.startswith("random") else name: own
-        for name, own in found.items()
-    }
-
-
-def _span(scores: Sequence[float]) -> str:
-    low, high = min(scores), max(scores)
-    return f"{low:.1f} %" if len(scores) == 1 else f"{low:.0f} – {high:.0f} %"
 
 
 def _over(make: Callable[[Records], str]) -> Callable[[Path], str]:

@@ -33,6 +33,7 @@ FORMS: Mapping[str, Sequence[tuple[float, float]]] = {
     "eight": ((-0.5, -1.3), (0.5, -1.3), (0.5, 1.3), (-0.5, 1.3)),
 }
 MARKS = 8  # lines of many points keep about so many marks
+TICK = 6.9  # pixels that a digit at a tick takes at most
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def curve_chart(
     low = min(x_ticks)
     high = max(*x_ticks, *(x.place(value) for value in across))
     frame = Frame(
+        left=max(46.0, 12 + TICK * max(map(len, y_ticks.values()))),
         x=(low, high if high > low else low + 1),
         y=(min(y_ticks), max(*y_ticks, *(y.place(v) for v in up))),
         top=34.0,

@@ -124,8 +124,8 @@ def _sources(collection: Collection) -> str:
         **{name: ", ".join(versions) for name, versions in software.items()},
     }
     caption = (
-        "Of several records of the same thing the newest counts. What differs in dtype, text, chunk or machine is not "
-        "the same thing: it stands apart, with that in the name of its model."
+        "Of several records of the same thing the newest counts. What differs in dtype, text, chunk, machine or grid "
+        "is not the same thing: it stands apart, with that in the name of its model."
     )
     body = facts({name: value for name, value in told.items() if value}) + table
     return section(

@@ -15,7 +15,7 @@ from duohead.evaluate.curves import REFERENCE, Axis, Curve, curve_chart, legend,
 from duohead.evaluate.heatmap import HeatMap, colour_key
 from duohead.evaluate.methods import share_name
 from duohead.evaluate.page import card, details_table, html_table, section
-from duohead.evaluate.scores import METRICS, Mean, Score, average, means, overall
+from duohead.evaluate.scores import METRICS, Mean, Score, average, by_grid, means, overall
 from duohead.evaluate.svg import short_count
 from duohead.evaluate.tables import mib, percent
 
@@ -31,6 +31,7 @@ STYLES = {"full": REFERENCE, "duo": "one", "random": "two"}
 
 def sections(scores: Sequence[Score]) -> list[tuple[str, str, str]]:
     """(name, title, HTML) of every section that the scores have something for."""
+    scores = by_grid(scores)
     found = []
     if shares := [own for own in _by_chart(scores).values() if all(s.is_share for s in own)]:
         found.append(("glance", "At a glance", _glance(shares)))
@@ -260,7 +261,8 @@ def _grids(scores: Sequence[Score]) -> list[str]:
             for task in tasks:
                 part = [s for s in own if s.task == task]
                 body += f"<details><summary>{escape(task)} alone</summary>{_maps(part, lengths, depths)}</details>"
-        caption = f"{op}; mean over {', '.join(tasks)}. Tokens of context across, depth down."
+        named = tasks[0] if len(tasks) == 1 else f"mean over {', '.join(tasks)}"
+        caption = f"{op}; {named}. Tokens of context across, depth down."
         cards.append(card(model or op, caption, body, wide=True, level=3))
     return cards
 

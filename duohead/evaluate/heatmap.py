@@ -14,6 +14,7 @@ from html import escape
 from duohead.evaluate.svg import WIDTH, picture, tag, text
 
 LETTER = 7.0  # pixels of a letter of 12 pixel text, on average
+DIGIT = 5.6  # of a digit of small text
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class HeatMap:
         return min(max(52.0, 14.0 + LETTER * max(map(len, self.rows))), 0.4 * WIDTH)
 
     def svg(self) -> str:
-        """Draw it; texts inside cells and every second tick are left out where cells get small."""
+        """Draw it; texts inside cells get small and then are left out, as are ticks, where cells get small."""
         wide = (WIDTH - self.left - 6) / len(self.columns)
         high = min(34.0, max(9.0, 190.0 / len(self.rows)))
         parts = [text(self.y_label, 2, self.top - 11, kind="axis", anchor="start")]
@@ -124,9 +125,12 @@ class HeatMap:
         # Where a light page still wants dark digits and a dark page does not.
         over = " over" if share > 0.72 else " mid" if share > 0.51 else ""
         roomy = wide >= 30 and high >= 18
+        written = self.cell.format(value * (100 if self.percent else self.scale))
         if roomy:
-            written = self.cell.format(value * (100 if self.percent else self.scale))
             parts.append(text(written, x + wide / 2, y + high / 2 + 4, kind="value" + over))
+        elif not self.kept and high >= 13 and DIGIT * len(written) + 2 * gap <= wide:
+            kind = "value small" + over
+            parts.append(text(written, x + wide / 2, y + high / 2 + 3.5, kind=kind))
         if "dot" in kept:
             cx, cy = (x + gap + 6, y + gap + 6) if roomy else (x + wide / 2, y + high / 2)
             parts.append(tag("circle", cx=cx, cy=cy, r=min(2.6, 0.22 * small), class_="dot" + over))

@@ -26,7 +26,8 @@ Kind = Literal["full", "duo", "random", "streaming"]
 class Method:
     """One way to run the model: `policy` None is the model as it is, `draw` counts random choices from 0.
 
-    `share` of the gated heads is asked to be retrieval heads; the policy's own ratio is that, rounded to whole heads.
+    `share` of the gated heads are retrieval heads: what was asked for (and stands in the method's name), rounded to
+    whole heads.
     `window` is the (sink, recent) of a method that is about them, in tokens.
     """
 
@@ -141,7 +142,7 @@ def comparison(
             **storage,
         )
         stored = f":{words}" if (words := storage_words(policy)) else ""
-        methods[f"duo{stored}_{share_name(ratio)}"] = Method("duo", policy, ratio)
+        methods[f"duo{stored}_{share_name(ratio)}"] = Method("duo", policy, policy.retrieval_ratio)
         if ratio in rivals:
             # Each ratio draws from its own stream: adding a ratio leaves the draws of the others as they were.
             stream = seed * 1_000_003 + round(1e6 * ratio)
@@ -149,11 +150,11 @@ def comparison(
                 random_heads(policy, pattern.gated, draws=draws, seed=stream)
             ):
                 name = f"random{stored}_{share_name(ratio)}_{draw}"
-                methods[name] = Method("random", rival, ratio, draw)
+                methods[name] = Method("random", rival, rival.retrieval_ratio, draw)
         for first, last in dict.fromkeys(windows):
             other = pattern.policy(retrieval_ratio=ratio, sink=first, recent=last, **storage)
             methods[f"duo@{first}+{last}{stored}_{share_name(ratio)}"] = Method(
-                "duo", other, ratio, window=(first, last)
+                "duo", other, other.retrieval_ratio, window=(first, last)
             )
     methods[f"streaming{stored}"] = Method("streaming", all_streaming(policy, pattern.gated), 0.0)
     return methods

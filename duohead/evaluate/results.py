@@ -25,6 +25,7 @@ _NUMBERS = (
     "kv_bytes",
     "ttft_ms",
     "tpot_ms",
+    "engine",
 )
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duohead.evaluate.collect import Entry
+from duohead.evaluate.svg import short_count
 
 # The first of these that a record has is its score; else all its numbers that are no costs.
 METRICS = ("exact_match", "accuracy", "acc", "score", "pass_at_1")
@@ -170,6 +171,37 @@ def metrics_of(numbers: Mapping[str, object]) -> list[str]:
     return usual[:1] or [name for name in usable if not _COSTS.search(name)]
 
 
+def by_grid(scores: Sequence[Score]) -> list[Score]:
+    """The scores, those of lengths that were run at other depths than the model's others named by theirs.
+
+    They were made apart, for some of the methods perhaps: a mean over both is over other cells for each method, and a
+    grid of both mostly holes.
+    """
+    depths: dict[tuple[str, str, int], set[float]] = defaultdict(set)
+    for s in scores:
+        if s.length is not None and s.depth is not None:
+            depths[s.op, s.model, s.length].add(s.depth)
+    grids: dict[tuple[str, str], dict[frozenset[float], list[int]]] = defaultdict(dict)
+    for (op, model, length), own in sorted(depths.items()):
+        grids[op, model].setdefault(frozenset(own), []).append(length)
+    named: dict[tuple[str, str, int | None], str] = {
+        (*place, length): f"{place[1]}, {_span(lengths)} at {len(own)} depth{'s'[: len(own) - 1]}"
+        for place, found in grids.items()
+        if len(found) > 1
+        for own, lengths in found.items()
+        for length in lengths
+    }
+    return [
+        s if s.depth is None else replace(s, model=named.get((s.op, s.model, s.length), s.model))
+        for s in scores
+    ]
+
+
+def _span(lengths: Sequence[int]) -> str:
+    ends = dict.fromkeys((lengths[0], lengths[-1]))
+    return f"{' to '.join(map(short_count, ends))} tokens"
+
+
 def means(scores: Sequence[Score]) -> list[Mean]:
     """Per method and share of one chart's scores, in the order they came."""
     groups: dict[tuple[str, float], list[Score]] = defaultdict(list)
@@ -200,7 +232,9 @@ def _mean(
         draws={name: average(part) for name, part in draws.items()},
         cells=len({(s.length, s.depth) for s in own}),
         weight=sum(s.weight for s in own),
-        times={name: _mean_time(own, name) for name in own[0].times},
+        times={
+            name: _mean_time(own, name) for name in dict.fromkeys(n for s in own for n in s.times)
+        },
     )
 
 

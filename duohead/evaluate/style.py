@@ -58,6 +58,7 @@ svg text { font-family: inherit; fill: var(--ink); font-size: 12px; }
 svg .tick, svg .axis { fill: var(--soft); }
 svg .label { font-weight: 600; font-size: 12.5px; }
 svg .value { font-variant-numeric: tabular-nums; }
+svg .small { font-size: 9.5px; }
 svg .label, svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
 svg .over { fill: var(--over); }
 svg .mid { fill: var(--mid); }
