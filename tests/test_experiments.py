@@ -9,7 +9,7 @@ import pytest
 from duohead import HeadPattern
 from tools import condense
 from tools.findings import questions
-from tools.findings.lab import SMALL, Lab, overlap, rank_correlation
+from tools.findings.lab import SMALL, Lab, digest, overlap, rank_correlation
 
 
 def pattern(values: list[list[float]]) -> HeadPattern:
@@ -28,6 +28,15 @@ def test_patterns_are_compared_by_their_best_heads_and_by_their_order() -> None:
     assert rank_correlation(first, other) == pytest.approx(0.2)
 
 
+def test_a_pattern_is_known_by_its_alphas_and_by_nothing_else() -> None:
+    nan = float("nan")
+    first = pattern([[0.9, 0.8], [nan, nan]])
+    again = HeadPattern.from_alpha(first.alpha, sink=1, recent=2, base_model="a name")
+    assert digest(first) == digest(again)
+    others = [[[0.9, 0.8]], [[0.9], [0.8]], [[0.9, 0.81], [nan, nan]]]
+    assert len({digest(first), *(digest(pattern(values)) for values in others)}) == 4
+
+
 def test_an_experiment_leaves_a_record_for_everything_it_varied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +50,7 @@ def test_an_experiment_leaves_a_record_for_everything_it_varied(
     varied = {(e["shape"]["window"], e["shape"]["ratio"]) for e in entries}
     assert len(entries) == len(varied) == 3
     assert {e["op"] for e in entries} == {"findings.sinks"}
+    assert {e["shape"]["pattern"] for e in entries} == {digest(lab.bundled())}
     assert all(0 <= score <= 100 for e in entries for score in e["numbers"].values())
     # A streaming head that sees itself and the first tokens alone cannot read on.
     alone = [e["numbers"]["passkeys"] for e in entries if e["shape"]["window"] == "sink only"]

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from duohead.record import read_records
-from tools import finding_compare, finding_figures, finding_tables, precision_tables
+from tools import (
+    finding_compare,
+    finding_figures,
+    finding_records,
+    finding_tables,
+    needle_figures,
+    precision_tables,
+)
 from tools.finding_records import by_model, models, of, scores, tuned_name
 
 needs_matplotlib = pytest.mark.skipif(
@@ -35,7 +42,7 @@ def right(score: float) -> dict:
 def stored(
     retrieval: str | None, kl: float, size: int, *, streaming: str | None = None, **shape: object
 ) -> list[dict]:
-    case = {"ratio": 0.5, "evict": True, "rotation": None, "retrieval": retrieval}
+    case = {"ratio": 0.5, "evict": True, "retrieval": retrieval}
     case["streaming"] = streaming or retrieval
     return [
         entry("precision", {**numbers, "kv_bytes": size * n}, **case | shape, length=n)
@@ -54,6 +61,51 @@ def test_a_setting_measured_again_counts_once_and_its_newest_record_does() -> No
     assert own == [new, other]
     assert scores(own, ratio=0.5) == [90]
     assert scores(own, ratio=0.125) == []
+
+
+def test_heads_that_an_older_pattern_chose_no_longer_count() -> None:
+    first = entry("sinks", right(10.0), window="both", ratio=0.5, pattern="a")
+    left = entry("sinks", right(20.0), window="both", ratio=0.25, pattern="a")
+    none = entry("sinks", right(30.0), window="both", ratio=1.0)
+    again = entry("sinks", right(90.0), window="both", ratio=0.5, pattern="b", time="2026-02-01")
+    other = entry("sinks", right(40.0), window="both", ratio=0.5, pattern="a", model="pocket-mha")
+    # In whatever order: files of several processes are joined.
+    assert of([again, first, left, none, other], "sinks") == [again, none, other]
+    assert of([first, left, none], "sinks") == [first, left, none]
+
+
+def test_a_file_is_left_with_what_counts_and_all_that_is_no_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = entry("tuning", {"loss": 1}, tuned_on="prose")
+    new = entry("tuning", {"loss": 2}, tuned_on="prose", rate=3e-4, time="2026-02-01")
+    gentle = entry("tuning", {"loss": 3}, tuned_on="prose", rate=3e-5)
+    plain = {**old, "op": "decode"}
+    file = tmp_path / "found.jsonl"
+    given = [old, plain, gentle, plain, new]
+    file.write_text("".join(json.dumps(line) + "\n" for line in given))
+    monkeypatch.setattr("sys.argv", ["finding_records", str(file)])
+    finding_records.main()
+    assert read_records(file) == [plain, gentle, plain, new]
+
+
+def test_a_way_to_store_heads_is_of_one_pattern_at_every_length() -> None:
+    old = stored("int8", 0.5, 300)
+    new = [{**e, "time": "2026-02-01"} for e in stored("int8", 0.25, 300, pattern="b")]
+    (row,) = precision_tables.rows([*old, new[1]])
+    assert row.kl == {8192: 0.25}
+    (row,) = precision_tables.rows([*new, *old])
+    assert row.kl == {1024: 0.25, 8192: 0.25}
+
+
+def test_a_way_to_store_heads_that_lacks_a_length_is_left_out() -> None:
+    whole, cut = stored("int8", 0.5, 300), stored("int4", 0.5, 200)[:1]
+    other = stored("bf16", 0.5, 900, model="pocket-mha")[:1]
+    found = precision_tables.rows([*whole, *cut, *other])
+    assert [(row.model, row.storage) for row in found] == [
+        ("pocket", "int8"),
+        ("pocket-mha", "bf16"),
+    ]
 
 
 def test_models_that_are_not_bundled_come_after_those_that_are() -> None:
@@ -103,8 +155,8 @@ def test_the_table_of_precision_has_a_row_for_each_way_and_marks_the_front() -> 
     lines = precision_tables.precision("pocket")(records).splitlines()
     assert lines[0].startswith("| heads | storage | B/token, 1K | B/token, 8K | exact, 8K |")
     assert lines[2] == "| model as it is | its own | 1,000 | 1,000 | 90.0 | 20.00 | 0.0000 |"
-    assert lines[3].startswith("| 50 %, others evict | **fp8 + int4** | 300 |")
-    assert lines[4].startswith("| 50 %, others evict | fp8 | 500 |")
+    assert lines[3].startswith("| 50 %, others evict | fp8 | 500 |")
+    assert lines[4].startswith("| 50 %, others evict | **fp8 + int4** | 300 |")
     assert precision_tables.precision("other")(records) == precision_tables.NOTHING
 
 
@@ -140,6 +192,9 @@ def test_variants_of_streaming_heads_that_lack_a_length_are_left_out() -> None:
         return entry("extras", numbers, variant=name, heads=3, ratio=0.125, length=length)
 
     records = [variant("plain", 2048), variant("plain", 8192), variant("entry", 2048)]
+    assert finding_tables.extras([variant("plain", 2048), variant("entry", 8192)]) == (
+        finding_tables.NOTHING
+    )
     lines = finding_tables.extras(records).splitlines()
     assert lines[0].startswith("|  | slots, 2K | exact, 2K | loss, 2K | slots, 8K |")
     assert lines[2:4] == [
@@ -151,27 +206,22 @@ def test_variants_of_streaming_heads_that_lack_a_length_are_left_out() -> None:
 def test_a_rotation_is_compared_with_the_same_storage_without_it() -> None:
     records = [
         *stored("int4", 0.5, 200),
-        *stored("int4", 0.25, 200, rotation="hadamard"),
-        *stored("fp8", 0.25, 200, rotation="hadamard"),
+        *stored("int4-hadamard", 0.25, 200),
+        *stored("fp8", 0.25, 200, streaming="int4-hadamard"),
+        *stored("int4-hadamard/int4", 1.0, 200),
     ]
     lines = precision_tables.rotation(records).splitlines()
-    assert lines[2].startswith("| pocket, 50 %, others evict, int4, hadamard | 0.5000 | 0.2500 |")
+    assert lines[2].startswith("| pocket, 50 %, others evict, int4-hadamard | 0.5000 | 0.2500 |")
     assert "-50 %" in lines[2]
-    assert len(lines) == 5
+    assert "int4-hadamard/int4 | 0.5000 | 1.0000 |" in lines[3]
+    assert len(lines) == 6
 
 
-def test_ways_measured_since_leave_the_table_of_those_that_remain() -> None:
-    first = [
-        *stored("int8", 0.25, 300),
-        *stored("int4", 0.5, 200),
-        *stored("int4", 0.5, 200, ratio=0.25),
-    ]
-    lines = precision_tables.remaining(first, stored("int4", 0.4, 200)).splitlines()
-    assert lines[2:4] == [
-        "| pocket, 50 %, others evict | int8 | 300 | 0.2500 |",
-        "| pocket, 25 %, others evict | int4 | 200 | 0.5000 |",
-    ]
-    assert precision_tables.remaining(first, first) == "Every way has been measured there.\n"
+def test_a_rotation_that_early_records_state_apart_is_replaced_by_the_format_of_that_name() -> None:
+    old = stored("int4", 0.5, 200, rotation="hadamard")
+    new = [{**e, "time": "2026-02-01"} for e in stored("int4-hadamard", 0.25, 200)]
+    (row,) = precision_tables.rows([*new, *old])
+    assert (row.storage, row.kl[8192]) == ("int4-hadamard", 0.25)
 
 
 def compared(
@@ -243,7 +293,12 @@ def test_the_same_records_give_the_same_bytes_and_only_their_figures(tmp_path: P
     records = [
         *stored(None, 0.0, 1000, ratio=1.0),
         *stored("fp8", 0.25, 300, streaming="int4"),
-        *stored("int4", 0.2, 300, rotation="hadamard"),
+        *(
+            entry("extras", {"slots": 9, "mean": 90, "loss": 0.1}, variant=v, **share, length=n)
+            for share in ({"heads": 3, "ratio": 0.125}, {"heads": 2, "ratio": 0.0625})
+            for v in ("plain", "entry", "wide")[: share["heads"]]
+            for n in (2048, 8192)
+        ),
         *(
             entry("windows", right(50.0), trained=a, deployed=b, ratio=0.125)
             for a in ("4+16", "16+64")
@@ -254,7 +309,7 @@ def test_the_same_records_give_the_same_bytes_and_only_their_figures(tmp_path: P
     file.write_text("".join(json.dumps(line) + "\n" for line in records))
     first = finding_figures.write(tmp_path / "a", [file])
     again = finding_figures.write(tmp_path / "b", [file])
-    assert [path.name for path in first] == ["windows.png", "precision.png"]
+    assert [path.name for path in first] == ["windows.png", "extras.png", "precision.png"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
 
 
@@ -266,11 +321,11 @@ def test_files_without_a_question_are_refused(tmp_path: Path) -> None:
         finding_figures.write(tmp_path / "figures", [file])
 
 
-def test_the_figures_of_the_page_are_those_that_the_command_draws(root: Path) -> None:
-    page = (root / "docs" / "findings.md").read_text()
-    named = set(re.findall(r"\]\(figures/(\w+)\.png\)", page))
+def test_the_figures_of_the_pages_are_those_that_the_commands_draw(root: Path) -> None:
+    pages = [path.read_text() for path in (root / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"\]\(figures/([\w-]+)\.png\)", page)}
     assert named == {path.stem for path in (root / "docs" / "figures").iterdir()}
-    assert named <= finding_figures.FIGURES.keys()
+    assert named <= finding_figures.FIGURES.keys() | needle_figures.FIGURES.keys()
     sizes = [path.stat().st_size for path in (root / "docs" / "figures").iterdir()]
     assert max(sizes) < 60_000
     assert sum(sizes) < 300_000

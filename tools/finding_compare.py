@@ -60,7 +60,7 @@ def close(records: Records) -> str:
     rows = []
     for way in dict.fromkeys(map(_way, ranked)):
         found = [_cells(records, way, share) for share in shares]
-        cells = [f"{_mean(one):.1f} ({_difference(one, full)})" for one in found]
+        cells = [f"{_mean(one):.1f} ({difference(one, full)})" for one in found]
         rows.append([way, *cells, *_cost([e for e in ranked if _way(e) == way])])
     rows.append(["*full attention*", *[f"{_mean(full):.1f}"] * len(shares), *[""] * 3])
     return table(["scorer", *_named(shares), "time", "forward", "backward"], rows) + line_of(ranked)
@@ -76,7 +76,7 @@ def rivals(records: Records) -> str:
         [
             f"{OURS} less {way}",
             *(
-                _difference(_cells(records, OURS, share), _cells(records, way, share))
+                difference(_cells(records, OURS, share), _cells(records, way, share))
                 for share in shares
             ),
         ]
@@ -98,14 +98,14 @@ def close_tasks(records: Records) -> str:
         [
             task,
             *(f"{mean(one[task].values()):.1f}" for one in (full, *found)),
-            _difference({task: ours[task]}, {task: full[task]}),
+            difference({task: ours[task]}, {task: full[task]}),
         ]
         for task in full
     ]
     return table(["task", FULL, *ways, f"{OURS} less full"], rows) + line_of(ranked)
 
 
-def _difference(one: Cells, other: Cells) -> str:
+def difference(one: Cells, other: Cells) -> str:
     """Mean over tasks of ``one`` less ``other``, and its standard error; both have the same cells."""
     pairs = [[one[task][cell] - other[task][cell] for cell in other[task]] for task in other]
     gap = mean(map(mean, pairs))

@@ -30,6 +30,7 @@ from tools.finding_records import (
     TASKS,
     Records,
     by_model,
+    four,
     mean,
     models,
     of,
@@ -37,6 +38,8 @@ from tools.finding_records import (
     tuned_name,
     values,
 )
+from tools.finding_tables import extra_cases
+from tools.gate_tables import with_overlaps
 from tools.precision_tables import Row, front, rows
 
 if TYPE_CHECKING:
@@ -44,6 +47,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINED_LENGTH = 21845
+# How much less a way to store heads must diverge than the last one that the figure names, to be named itself.
+NAMED = 0.05
+# Marks of an axis on which losses stand, nats.
+LOSSES = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 3, 5))
 
 
 def write(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -181,6 +188,8 @@ def lengths(records: Records) -> Figure | None:
     if not own:
         return None
     figure, panels = panels_of(models(own), height=2.8)
+    # Whole tens, with room for the words below the lowest curve.
+    bottom = max(0, 10 * (int(min(map(four, own))) // 10 - 1))
     for model, axes in panels.items():
         for number, method in enumerate(values(own, "method")):
             mine = [
@@ -192,9 +201,14 @@ def lengths(records: Records) -> Figure | None:
             line(axes, x, [mean(scores([e])) for e in mine], label, f"C{number}", style)
         axes.axvline(TRAINED_LENGTH, color="0.6", lw=0.8)
         axes.text(
-            TRAINED_LENGTH, 3, "trained up to here ", ha="right", fontsize="small", color="0.4"
+            TRAINED_LENGTH,
+            bottom + 2,
+            "trained up to here ",
+            ha="right",
+            fontsize="small",
+            color="0.4",
         )
-        axes.set_ylim(0, 103)
+        axes.set_ylim(bottom, 101.5)
         ticks = [n for n in values(own, "length") if n != 28672]
         axes.set_xticks(ticks, [short_count(n) for n in ticks])
         axes.set_xlabel("tokens of context")
@@ -202,14 +216,43 @@ def lengths(records: Records) -> Figure | None:
     return with_legend(figure, panels)
 
 
+def extras(records: Records) -> Figure | None:
+    """Loss by variant of streaming heads (down) and length, dotted where it is plain; a panel per model and share."""
+    own = of(records, "extras")
+    cases = extra_cases(own)
+    if not cases:
+        return None
+    variants = list(dict.fromkeys(variant for *_, variant in cases))
+    places = {
+        f"{model}, {share_name(ratio)} % of heads": (model, ratio) for model, ratio, *_ in cases
+    }
+    figure, panels = panels_of(list(places), columns=min(2, len(places)), height=2.3)
+    for name, axes in panels.items():
+        mine = {case[-1]: numbers for case, numbers in cases.items() if case[:2] == places[name]}
+        for number, length in enumerate(values(own, "length")):
+            losses = [numbers[length]["loss"] for numbers in mine.values()]
+            where = [variants.index(variant) for variant in mine]
+            colour = f"C{number}"
+            axes.plot(losses, where, "o", ms=5, color=colour, label=f"{short_count(length)} tokens")
+            axes.axvline(losses[where.index(0)], ls=":", lw=1, color=colour)
+        axes.set_yticks(range(len(variants)), variants)
+        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        low, high = axes.get_xlim()
+        marks = [m for m in LOSSES if low < m < high]
+        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_xlabel("loss per token of the answer")
+    return with_legend(figure, panels)
+
+
 def steps(records: Records) -> Figure | None:
     """Share of a long run's retrieval heads that shorter runs select, over their number of steps."""
     own = [
         e
-        for e in records
-        if e["op"] == "identify.steps_saved"
-        and "2K-8K" in e["impl"]
-        and not e["impl"].endswith("seed 1")
+        for e in with_overlaps([e for e in records if e["op"] == "identify.steps_saved"])
+        if "2K-8K" in e["impl"] and not e["impl"].endswith("seed 1")
     ]
     if not own:
         return None
@@ -233,7 +276,7 @@ def steps(records: Records) -> Figure | None:
 
 def precision(records: Records) -> Figure | None:
     """Divergence and exact match over the bytes of the cache, a colour for each treatment of heads."""
-    found = [row for row in rows(records) if row.rotation is None]
+    found = rows(records)
     if not found:
         return None
     names = list(dict.fromkeys(row.model for row in found))
@@ -248,42 +291,43 @@ def precision(records: Records) -> Figure | None:
 
 
 def _trade(top: Axes, below: Axes, own: Sequence[Row], kinds: Sequence[str]) -> None:
-    """One model's divergence (top) and exact match (below) over bytes; the line is the front, its points are named.
+    """One model's divergence (top) and exact match (below) over bytes; the line is the front.
 
-    Hollow points of exact match rest on fewer answers than the others.
+    Its points are named, but for those that diverge hardly less than the last one named.
     """
     at = min(row.longest for row in own)
     stored = [row for row in own if row.retrieval]
     whole = next((row for row in own if row.retrieval is None), None)
     base = max(row.per_token[at] for row in stored)
     size = {id(row): 100 * row.per_token[at] / base for row in own}
-    most = max(row.answers for row in own)
     for number, kind in enumerate(kinds):
         mine = [row for row in stored if row.family == kind]
         style: dict[str, Any] = {"marker": "o", "ms": 4, "ls": "", "color": f"C{number}"}
         top.plot([size[id(row)] for row in mine], [row.kl[at] for row in mine], label=kind, **style)
-        for fill, some in (
-            (None, [row for row in mine if row.answers == most]),
-            ("none", [row for row in mine if row.answers < most]),
-        ):
-            y = [mean(row.exact.values()) for row in some]
-            below.plot([size[id(row)] for row in some], y, mfc=fill, **style)
+        y = [mean(row.exact.values()) for row in mine]
+        below.plot([size[id(row)] for row in mine], y, **style)
     best = front(stored, at=at)
     top.plot([size[id(r)] for r in best], [r.kl[at] for r in best], color="0.6", lw=0.8, zorder=0)
+    named = float("inf")
     for row in best:
-        # Below the front, and to the left, there is nothing.
+        if row.kl[at] > (1 - NAMED) * named:
+            continue
+        named = row.kl[at]
+        # Below the front, and to the left, there is nothing; turned names do not reach one another.
         top.annotate(
             row.storage,
             (size[id(row)], row.kl[at]),
-            xytext=(-4, -12),
+            xytext=(-3, -3),
             textcoords="offset points",
             fontsize="x-small",
+            rotation=40,
+            rotation_mode="anchor",
             ha="right",
+            va="center",
         )
     if whole:
         below.axhline(mean(whole.exact.values()), color="0.4", ls=":", label="model as it is")
-    lowest = min(mean(row.exact.values()) for row in own)
-    below.set(title="", ylim=(min(lowest - 1, 96), 100.5))
+    below.set(title="", ylim=(min(mean(row.exact.values()) for row in own) - 0.5, 100.2))
     below.set_xlabel(f"cache bytes at {short_count(at)} tokens, % of all heads in bf16")
     marks = [
         mark
@@ -309,6 +353,7 @@ FIGURES: dict[str, Callable[[Records], Figure | None]] = {
     "tuning": tuning,
     "errors": errors,
     "lengths": lengths,
+    "extras": extras,
     "steps": steps,
     "precision": precision,
 }

@@ -1,35 +1,54 @@
 """Picking records of experiments: those of one question, those of one setting, and their means over tasks.
 
 Tables (`finding_tables.py`) and figures (`finding_figures.py`) of docs/findings.md read the same records through these
-few functions, so that they show the same numbers. Where a setting was measured twice, the newest record counts.
+few functions, so that they show the same numbers. Where a setting was measured twice, the newest record counts, and of
+heads that several patterns chose only those of the newest; `python -m tools.finding_records FILE ...` leaves out of the
+files what no longer counts.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
+
+from duohead.files import write_text
+from duohead.record import read_records
 
 Records = Sequence[dict[str, Any]]
 MODELS = ("pocket", "pocket-mha", "pocket-laguna")
 TASKS = ("passkeys", "needle", "number", "keyvalue")
 # How much was spent on a measurement, which a later one may do differently.
 _EFFORT = ("steps", "samples", "lengths")
+# Digest of the pattern that chose the heads. Records of gates trained for the question, and early ones, have none.
+_PATTERN = "pattern"
+_PREFIX = "findings."
 # Settings that the first records do not name, because there was one value.
 _ONCE = {"tuning": {"rate": 3e-4}}
 
 
 def of(records: Records, question: str) -> list[dict[str, Any]]:
-    """The records of one question, of each setting the newest, in the order in which settings first came."""
-    newest: dict[str, dict[str, Any]] = {}
-    for entry in records:
-        if entry["op"] == f"findings.{question}":
-            shape = {**_ONCE.get(question, {}), **entry["shape"]}
-            varied = {k: v for k, v in shape.items() if k not in _EFFORT}
-            key = json.dumps(varied, sort_keys=True)
-            if key not in newest or entry["time"] >= newest[key]["time"]:
-                newest[key] = {**entry, "shape": shape}
-    return list(newest.values())
+    """The records of one question, of each setting the newest, in the order in which settings first came.
+
+    Of each model only those stay that have the newest pattern named for the question, or name none.
+    """
+    own = _newest([e for e in records if e["op"] == f"{_PREFIX}{question}"])
+    return [{**entry, "shape": _shape(entry)} for entry in own]
+
+
+def current(records: Records) -> list[dict[str, Any]]:
+    """All records but those of experiments that `of` passes over."""
+    asked = {e["op"] for e in records if e["op"].startswith(_PREFIX)}
+    kept = {id(e) for op in asked for e in _newest([e for e in records if e["op"] == op])}
+    return [e for e in records if e["op"] not in asked or id(e) in kept]
+
+
+def of_one_pattern(entries: Records) -> list[dict[str, Any]]:
+    """Those of the records that name the pattern which the newest of them names, or none if it names none."""
+    newest = max(entries, key=itemgetter("time"))["shape"].get(_PATTERN)
+    return [entry for entry in entries if entry["shape"].get(_PATTERN) == newest]
 
 
 def is_of(entry: Mapping[str, Any], **wanted: Any) -> bool:
@@ -83,3 +102,39 @@ def mean(given: Iterable[float]) -> float:
     """Their mean; of none it is NaN."""
     numbers = list(given)
     return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
+def _newest(own: Records) -> list[dict[str, Any]]:
+    """What counts of the records of one question."""
+    by_time = sorted(own, key=itemgetter("time"))
+    ranked = {e["shape"]["model"]: e["shape"][_PATTERN] for e in by_time if _PATTERN in e["shape"]}
+    newest: dict[str, dict[str, Any]] = {}
+    for entry in own:
+        shape = _shape(entry)
+        chosen = ranked.get(shape["model"])
+        if shape.get(_PATTERN, chosen) != chosen:
+            continue
+        varied = {
+            name: value
+            for name, value in shape.items()
+            if value is not None and name not in (*_EFFORT, _PATTERN)
+        }
+        key = json.dumps(varied, sort_keys=True)
+        if key not in newest or entry["time"] >= newest[key]["time"]:
+            newest[key] = entry
+    return list(newest.values())
+
+
+def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_ONCE.get(entry["op"].removeprefix(_PREFIX), {}), **entry["shape"]}
+
+
+def main() -> None:
+    """Rewrite the files."""
+    for path in sys.argv[1:]:
+        lines = (json.dumps(e, ensure_ascii=False) + "\n" for e in current(read_records(path)))
+        write_text(path, "".join(lines))
+
+
+if __name__ == "__main__":
+    main()

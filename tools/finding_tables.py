@@ -18,6 +18,7 @@ from tools.finding_records import (
     mean,
     models,
     of,
+    of_one_pattern,
     scores,
     tuned_name,
     values,
@@ -162,16 +163,12 @@ def lengths(records: Records) -> str:
 
 
 def extras(records: Records) -> str:
-    """What streaming heads may be more than sinks and a window; variants scored at every length, and what they take."""
+    """What streaming heads may be more than sinks and a window, and what it takes."""
     own = of(records, "extras")
-    if not own:
+    cases = extra_cases(own)
+    if not cases:
         return NOTHING
     found = sorted(values(own, "length"))
-    cases: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
-    for entry in own:
-        shape = entry["shape"]
-        case = (shape["model"], shape["heads"], shape["variant"])
-        cases.setdefault(case, {})[shape["length"]] = entry["numbers"]
     rows = [
         [
             f"{model}, {heads} heads: {variant}",
@@ -185,11 +182,25 @@ def extras(records: Records) -> str:
                 )
             ),
         ]
-        for (model, heads, variant), numbers in cases.items()
-        if len(numbers) == len(found)
+        for (model, _, heads, variant), numbers in cases.items()
     ]
     columns = [f"{name}, {short_count(n)}" for n in found for name in ("slots", "exact", "loss")]
     return table(["", *columns], rows) + line_of(own)
+
+
+def extra_cases(own: Records) -> dict[tuple[str, float, int, str], dict[int, dict[str, Any]]]:
+    """Numbers of `extras` by length, of each model, share, number of heads and variant that has every length."""
+    among = sorted(values(own, "length"))
+    found: dict[tuple[str, float, int, str], list[dict[str, Any]]] = {}
+    for entry in by_model(own, "ratio"):
+        shape = entry["shape"]
+        case = (shape["model"], shape["ratio"], shape["heads"], shape["variant"])
+        found.setdefault(case, []).append(entry)
+    made = {
+        case: {e["shape"]["length"]: e["numbers"] for e in of_one_pattern(entries)}
+        for case, entries in found.items()
+    }
+    return {case: numbers for case, numbers in made.items() if sorted(numbers) == among}
 
 
 def identify_steps(records: Records) -> str:
@@ -230,27 +241,6 @@ def _run(entry: Mapping[str, Any]) -> str:
     processes = shape.get("processes", 1)
     shared = f", {processes} GPUs" if processes > 1 else ""
     return shape["kernels"] + shared + (", weights sharded" if shape.get("shard") == "yes" else "")
-
-
-def identify_saved(records: Records) -> str:
-    """Shorter trainings against the longest one."""
-    own = [e for e in records if e["op"] == "identify.steps_saved"]
-    if not own:
-        return NOTHING
-    ratios = ("0.5", "0.25", "0.125")
-    rows = [
-        [
-            f"{e['shape']['model']}, {e['impl']}",
-            str(e["numbers"]["steps_done"]),
-            *(
-                f"{100 * e['numbers'][f'overlap_{r}']:.0f} %, {100 * e['numbers'][f'exact_match_{r}']:.0f}"
-                for r in ratios
-            ),
-        ]
-        for e in own
-    ]
-    head = ["", "steps", *(f"{share_name(float(r))} %: shared, exact match" for r in ratios)]
-    return table(head, rows) + line_of(own)
 
 
 def spread(seeds: Sequence[float]) -> str:

@@ -6,16 +6,18 @@ model. `tools/readme.py` puts the tables into docs/precision.md, and `finding_fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from duohead.evaluate.methods import share_name
 from duohead.evaluate.svg import short_count
-from tools.finding_records import TASKS, Records, four, mean, models, of
+from tools.finding_records import TASKS, Records, four, mean, models, of, of_one_pattern
 from tools.speed_tables import NOTHING, machine_line, table
 
-_CASE = ("ratio", "retrieval", "streaming", "evict", "rotation")
+# What follows the name of a format whose vectors are rotated.
+_ROTATED = "-hadamard"
+_CASE = ("ratio", "retrieval", "streaming", "evict")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Row:
     retrieval: str | None
     streaming: str | None
     evict: bool
-    rotation: str | None
     answers: int
     per_token: dict[int, float]
     exact: dict[int, float]
@@ -50,12 +51,21 @@ class Row:
 
     @property
     def storage(self) -> str:
-        """Formats of retrieval and streaming heads."""
+        """What is written of the formats."""
         if self.retrieval is None:
             return "its own"
-        turned = "" if self.rotation is None else f", {self.rotation}"
-        both = (self.retrieval, self.streaming)
-        return " + ".join(str(name) for name in dict.fromkeys(both)) + turned
+        return " + ".join(dict.fromkeys(self.formats))
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Formats of retrieval heads and of the others."""
+        return str(self.retrieval), str(self.streaming)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The same formats without a rotation, in their shortest spelling."""
+        parts = (name.replace(_ROTATED, "").split("/") for name in self.formats)
+        return tuple("/".join(dict.fromkeys(names)) for names in parts)
 
     @property
     def longest(self) -> int:
@@ -64,28 +74,36 @@ class Row:
 
 
 def rows(records: Records, *, model: str | None = None) -> list[Row]:
-    """A row for each way that was measured on a model (of every model by default), in the order of the records."""
+    """A row for each way that was measured on a model (of every model by default), model by model.
+
+    A way that lacks a length, because its run was cut short, has none.
+    """
     own = [e for e in of(records, "precision") if model in (None, e["shape"]["model"])]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for entry in own:
         shape = entry["shape"]
-        groups.setdefault((shape["model"], *(shape[name] for name in _CASE)), []).append(entry)
+        formats = (_format(shape, kind) for kind in ("retrieval", "streaming"))
+        case = (shape["model"], shape["ratio"], *formats, shape["evict"])
+        groups.setdefault(case, []).append(entry)
     made = []
-    for key, found in sorted(groups.items(), key=lambda group: _order(group[0])):
-        numbers = {
-            e["shape"]["length"]: e for e in sorted(found, key=lambda e: e["shape"]["length"])
-        }
+    for key, every in groups.items():
+        found = of_one_pattern(every)
+        by_length = sorted(found, key=lambda e: (e["shape"]["length"], e["time"]))
+        numbers = {e["shape"]["length"]: e for e in by_length}
         made.append(
             Row(
                 **dict(zip(("model", *_CASE), key, strict=True)),
-                answers=min(e["shape"]["samples"] for e in found),
+                answers=min(e["shape"]["samples"] for e in numbers.values()),
                 per_token={n: e["numbers"]["kv_bytes"] / n for n, e in numbers.items()},
                 exact={n: four(e) for n, e in numbers.items() if TASKS[0] in e["numbers"]},
                 kl=_by_length(numbers, "kl_nats"),
                 perplexity=_by_length(numbers, "perplexity"),
             )
         )
-    return made
+    among = {row.model: max(len(r.per_token) for r in made if r.model == row.model) for row in made}
+    whole = [row for row in made if len(row.per_token) == among[row.model]]
+    order = models(own)
+    return sorted(whole, key=lambda row: (order.index(row.model), *_order(row)))
 
 
 def front(found: Iterable[Row], *, at: int) -> list[Row]:
@@ -105,7 +123,7 @@ def precision(model: str) -> Callable[[Records], str]:
         if not found:
             return NOTHING
         at = min(row.longest for row in found)
-        best = front((row for row in found if row.retrieval and not row.rotation), at=at)
+        best = front((row for row in found if row.retrieval), at=at)
         sizes = [n for n in (1024, 8192, 16384) if all(n in row.per_token for row in found)]
         scored = sorted(found[0].exact)
         most = max(row.answers for row in found)
@@ -138,27 +156,18 @@ def precision(model: str) -> Callable[[Records], str]:
 
 def lengths(records: Records) -> str:
     """Divergence by length, all at int8: every head, and shares of heads with eviction of the others."""
-    found = [
-        row
-        for row in rows(records)
-        if row.retrieval == row.streaming == "int8" and row.evict and not row.rotation
-    ]
+    found = [row for row in rows(records) if row.retrieval == row.streaming == "int8" and row.evict]
     if not found:
         return NOTHING
     known = sorted(set.intersection(*(set(row.kl) for row in found)))
-    lines = [
-        [f"{row.model}, {row.family}", *(f"{row.kl[n]:.4f}" for n in known)]
-        for model in models(of(records, "precision"))
-        for row in found
-        if row.model == model
-    ]
+    lines = [[f"{row.model}, {row.family}", *(f"{row.kl[n]:.4f}" for n in known)] for row in found]
     return table(["", *map(short_count, known)], lines) + _place(records)
 
 
 def pairs(records: Records) -> str:
     """Bytes (share of all heads in bf16) and divergence of pairs of formats with eviction, at the longest text."""
     formats = (("int8", "int8"), ("fp8", "int4"), ("int4", "int8"))
-    own = [row for row in rows(records) if row.evict and not row.rotation]
+    own = [row for row in rows(records) if row.evict]
     if not own:
         return NOTHING
     at = max(own[0].kl)
@@ -168,13 +177,12 @@ def pairs(records: Records) -> str:
         if row.ratio == 1 and row.retrieval == row.streaming == "bf16"
     }
     cells: dict[str, dict[tuple[str | None, str | None], str]] = {}
-    for model in models(of(records, "precision")):
-        for row in own:
-            if row.model == model and row.ratio < 1:
-                share = 100 * row.per_token[at] / full[model]
-                name = f"{model}, {row.family}"
-                formatted = f"{share:.1f} %, {row.kl[at]:.4f}"
-                cells.setdefault(name, {})[row.retrieval, row.streaming] = formatted
+    for row in own:
+        if row.ratio < 1:
+            share = 100 * row.per_token[at] / full[row.model]
+            formatted = f"{share:.1f} %, {row.kl[at]:.4f}"
+            named = cells.setdefault(f"{row.model}, {row.family}", {})
+            named[row.retrieval, row.streaming] = formatted
     lines = [[name, *(found.get(pair, "") for pair in formats)] for name, found in cells.items()]
     return table(["", *(" + ".join(pair) for pair in formats)], lines) + _place(records)
 
@@ -183,32 +191,12 @@ def _place(records: Records) -> str:
     return f"\n{machine_line(of(records, 'precision')[-1])}\n"
 
 
-def remaining(records: Records, since: Records) -> str:
-    """Ways that only the first records have, every model: what the others have not measured yet, at one length."""
-    known = {_case(row) for row in rows(since)}
-    found = (row for model in models(records) for row in rows(records, model=model))
-    left = [row for row in found if _case(row) not in known]
-    if not left:
-        return "Every way has been measured there.\n"
-    lines = [
-        [
-            f"{row.model}, {row.family}",
-            row.storage,
-            f"{row.per_token[row.longest]:,.0f}",
-            f"{row.kl[row.longest]:.4f}",
-        ]
-        for row in left
-    ]
-    at = short_count(left[0].longest)
-    head = ["heads", "storage", f"B/token, {at}", f"KL, {at}"]
-    return table(head, lines) + _place(records)
-
-
 def rotation(records: Records) -> str:
     """Divergence and exact match of the same storage with and without a rotation."""
     found = rows(records)
-    plain = {_twin(row): row for row in found if row.rotation is None}
-    pairs = [(plain[_twin(row)], row) for row in found if row.rotation and _twin(row) in plain]
+    plain = {_twin(row): row for row in found if row.plain == row.formats}
+    turned = (row for row in found if row.plain != row.formats)
+    pairs = [(plain[_twin(row)], row) for row in turned if _twin(row) in plain]
     if not pairs:
         return NOTHING
     lines = []
@@ -231,15 +219,18 @@ def _by_length(numbers: dict[int, dict[str, Any]], name: str) -> dict[int, float
     return {n: e["numbers"][name] for n, e in numbers.items() if name in e["numbers"]}
 
 
-def _case(row: Row) -> tuple[Any, ...]:
-    return *_twin(row), row.rotation
-
-
 def _twin(row: Row) -> tuple[Any, ...]:
-    return row.model, row.ratio, row.retrieval, row.streaming, row.evict
+    return row.model, row.family, row.plain
 
 
-def _order(key: Sequence[Any]) -> tuple[Any, ...]:
-    """The model as it is first, then many retrieval heads before few, eviction before low precision, rotations last."""
-    _, ratio, retrieval, _, evict, turned = key
-    return retrieval is not None, -ratio, not evict, turned is not None
+def _format(shape: Mapping[str, Any], kind: str) -> str | None:
+    """Name of the format of a kind of head; records from before int4-hadamard was one state the rotation apart."""
+    name = shape[kind]
+    return name.replace("int4", f"int4{_ROTATED}") if shape.get("rotation") else name
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """The model as it is first, then many retrieval heads before few, those that evict, and many bytes before few."""
+    longest = max(row.per_token)
+    taken, kl = row.per_token[longest], row.kl.get(longest, 0.0)
+    return row.retrieval is not None, -row.ratio, not row.evict, -taken, kl

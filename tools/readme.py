@@ -14,68 +14,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from duohead.evaluate.results import NeedleResult  # noqa: E402
 from duohead.files import write_text  # noqa: E402
 from duohead.record import read_records  # noqa: E402
 from tools import (  # noqa: E402
     finding_compare,
     finding_tables,
     footprint_tables,
+    gate_tables,
     laguna_tables,
+    needle_tables,
     precision_tables,
+    reach_tables,
+    rotation_tables,
     speed_tables,
 )
 from tools.speed_tables import NOTHING, machine_line, table  # noqa: E402
 
 RESULTS = ROOT / "results"
 PAGES = ("README.md", "docs/numbers.md", "docs/findings.md", "docs/precision.md", "docs/laguna.md")
-NAMES = {"full": "all (full attention)", "streaming": "none (all heads stream)"}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def needles(path: Path) -> str:
-    """Exact match of each choice of heads at each length, and what the cache weighs at the longest."""
-    result = NeedleResult.read(path)
-    lengths = result.lengths
-    dense = result.kv_bytes(method="full", length=lengths[-1], task="passkeys")
-    rows = []
-    for method in result.methods:
-        if method.startswith("random"):
-            continue
-        name = NAMES.get(method) or f"identified, {_share(method)}"
-        rows.append(_needle_row(result, name, [method], lengths, dense))
-        rivals = [
-            rival
-            for rival in result.methods
-            if rival.startswith(method.replace("duo", "random") + "_")
-        ]
-        if rivals:
-            name = f"random, {_share(method)} ({len(rivals)} draws)"
-            rows.append(_needle_row(result, name, rivals, lengths, dense))
-    head = [
-        "heads that keep everything",
-        *(f"{n // 1024}K" for n in lengths),
-        f"cache at {lengths[-1] // 1024}K",
-    ]
-    return table(head, rows) + f"\n{machine_line(read_records(path)[-1])}\n"
-
-
-def _needle_row(
-    result: NeedleResult, name: str, methods: list[str], lengths: list[int], dense: int
-) -> list[str]:
-    scores = []
-    for length in lengths:
-        found = [
-            100 * result.mean(method=method, length=length, task="passkeys") for method in methods
-        ]
-        low, high = min(found), max(found)
-        scores.append(f"{low:.1f} %" if len(found) == 1 else f"{low:.0f} – {high:.0f} %")
-    size = result.kv_bytes(method=methods[0], length=lengths[-1], task="passkeys")
-    return [name, *scores, f"{size / 2**20:.2f} MiB, {100 * size / dense:.0f} %"]
-
-
-def _share(method: str) -> str:
-    return f"{method.split('_')[1]} %"
 
 
 def prefill(path: Path) -> str:
@@ -94,17 +51,12 @@ def prefill(path: Path) -> str:
     return table(head, rows) + f"\n{machine_line(entries[max(entries)])}\n"
 
 
-def precision_left(path: Path) -> str:
-    """Ways to store heads that were measured on a CPU and not yet on the GPU."""
-    return precision_tables.remaining(read_records(path), read_records(RESULTS / "precision.jsonl"))
-
-
 # Name -> the file of records it is made from, and the function.
 SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "needles": ("needle-pocket.jsonl", needles),
+    **needle_tables.SOURCES,
     "prefill": ("prefill-cpu.jsonl", prefill),
     **laguna_tables.SOURCES,
-    "precision_left": ("precision-cpu.jsonl", precision_left),
+    "rotation_cost": ("kernels-h100.jsonl", rotation_tables.rotation_cost),
     **{
         name: (file, lambda path, make=make: make(read_records(path)))  # type: ignore[misc]
         for name, (file, make) in {
@@ -118,7 +70,7 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "mha_prefill": ("model-h100.jsonl", speed_tables.mha_prefill),
             "capacity": ("capacity-h100.jsonl", speed_tables.capacity),
             "identify_steps": ("identify-h100.jsonl", finding_tables.identify_steps),
-            "identify_saved": ("identify-steps-pocket.jsonl", finding_tables.identify_saved),
+            "identify_saved": ("identify-steps-pocket.jsonl", gate_tables.saved),
             "identify_two": ("identify-2gpu-h200.jsonl", finding_tables.identify_steps),
             "compare_pocket": ("compare-pocket.jsonl", finding_compare.compare),
             "compare_mha": ("compare-pocket-mha.jsonl", finding_compare.compare),
@@ -128,6 +80,9 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "rivals_mha": ("compare-close-pocket-mha.jsonl", finding_compare.rivals),
             "eighth_pocket": ("compare-close-pocket.jsonl", finding_compare.close_tasks),
             "eighth_mha": ("compare-close-pocket-mha.jsonl", finding_compare.close_tasks),
+            "gates_pocket": ("findings.jsonl", gate_tables.gates("pocket")),
+            "gates_mha": ("findings.jsonl", gate_tables.gates("pocket-mha")),
+            "reach": ("findings.jsonl", reach_tables.reach),
             "sinks": ("findings.jsonl", finding_tables.varied("sinks", "window")),
             "windows": ("findings.jsonl", finding_tables.windows),
             "objectives": ("findings.jsonl", finding_tables.varied("objectives", "objective")),

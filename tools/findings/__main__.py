@@ -12,7 +12,10 @@ from tools.findings.lab import SMALL, Effort, Lab
 from tools.findings.questions import QUESTIONS
 
 # Flags that not every question takes.
-TAKEN_BY = {"--ratios": {"errors", "precision", "extras"}, "--part": {"precision"}}
+TAKEN_BY = {
+    "--ratios": {"errors", "extras", "gates", "precision"},
+    "--part": {"gates", "precision", "steps"},
+}
 
 
 def main() -> int:
@@ -28,10 +31,10 @@ def main() -> int:
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 (default: float32)")
     parser.add_argument(
-        "--ratios", type=float, nargs="+", metavar="R", help="extras, errors, precision"
+        "--ratios", type=float, nargs="+", metavar="R", help="errors, extras, gates, precision"
     )
     parser.add_argument(
-        "--part", default="1/1", metavar="K/N", help="precision: only the K-th of N"
+        "--part", default="1/1", metavar="K/N", help="gates, precision, steps: only the K-th of N"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--small", action="store_true", help="a rehearsal that means nothing")

@@ -53,6 +53,7 @@ def errors(lab: Lab) -> None:
                     },
                     "best_promoted": dict(best),
                 },
+                ranked=pattern,
                 task=task,
                 ratio=ratio,
             )

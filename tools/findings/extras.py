@@ -21,6 +21,7 @@ from tools.findings.lab import RECENT, SINK
 from tools.findings.streams import Streams, Variant
 
 if TYPE_CHECKING:
+    from duohead import HeadPattern
     from duohead.identify.assembly import Sample
     from tools.findings.lab import Lab
 
@@ -47,10 +48,10 @@ def extras(lab: Lab) -> None:
         for ratio in lab.ratios or RATIOS:
             keep = max(1, int(ratio * len(order) + 0.5))
             for variant in _equal(order, keep):
-                _note(lab, streams, variant, asked, ratio=ratio)
+                _note(lab, streams, variant, asked, ranked=pattern, ratio=ratio)
             costs = _costs(lab.model, streams, order, keep, calibration)
             for variant in _unequal(order, keep, costs):
-                _note(lab, streams, variant, asked, ratio=ratio)
+                _note(lab, streams, variant, asked, ranked=pattern, ratio=ratio)
 
 
 def _equal(order: Sequence[int], keep: int) -> Iterator[Variant]:
@@ -98,7 +99,13 @@ def _costs(
 
 
 def _note(
-    lab: Lab, streams: Streams, variant: Variant, asked: Mapping[int, Samples], *, ratio: float
+    lab: Lab,
+    streams: Streams,
+    variant: Variant,
+    asked: Mapping[int, Samples],
+    *,
+    ranked: HeadPattern,
+    ratio: float,
 ) -> None:
     streams.variant = variant
     for length, samples in asked.items():
@@ -113,6 +120,7 @@ def _note(
                 "loss": sum(losses) / len(losses),
                 "exact_match": right,
             },
+            ranked=ranked,
             variant=variant.name,
             ratio=ratio,
             heads=len(variant.kept),

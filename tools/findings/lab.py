@@ -6,12 +6,14 @@ an experiment is only the list of what it varies. Make one with `Lab.open("pocke
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from duohead import HeadPattern, pocket
@@ -238,9 +240,13 @@ class Lab:
         numbers: Mapping[str, Any],
         *,
         policy: HeadPolicy | None = None,
+        ranked: HeadPattern | None = None,
         **variant: Any,
     ) -> None:
-        """Append one record: what was varied is its shape, what came out its numbers."""
+        """Append one record: what was varied is its shape, what came out its numbers.
+
+        ``ranked`` is a pattern from a file that chose the heads; its digest stands in the shape as "pattern".
+        """
         shape = {
             "model": self.name,
             "held_out": self.held_out_name,
@@ -249,6 +255,8 @@ class Lab:
             "lengths": list(self.effort.lengths),
             **variant,
         }
+        if ranked is not None:
+            shape["pattern"] = digest(ranked)
         write_record(
             self.out,
             op=f"findings.{question}",
@@ -258,6 +266,12 @@ class Lab:
             policy=policy,
             numbers=dict(numbers),
         )
+
+
+def digest(pattern: HeadPattern) -> str:
+    """Twelve digits that differ for different alphas: which heads are gated, and how they are ranked."""
+    alpha = np.where(pattern.gated, pattern.alpha, np.float32("nan")).astype("<f4")
+    return hashlib.sha256(f"{alpha.shape}".encode() + alpha.tobytes()).hexdigest()[:12]
 
 
 def overlap(first: HeadPattern, second: HeadPattern, ratio: float) -> float:

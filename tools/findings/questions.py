@@ -12,8 +12,10 @@ from duohead import HeadPattern, HeadPolicy
 from duohead.identify.scorers import score
 from tools.findings.errors import errors
 from tools.findings.extras import extras
+from tools.findings.gates import gates
 from tools.findings.lab import RATIOS, RECENT, RETRIEVAL, SINK, Lab, overlap, rank_correlation
 from tools.findings.precision import precision
+from tools.findings.reach import reach
 from tools.findings.steps import steps
 from tools.findings.tuning import tuned
 
@@ -31,7 +33,8 @@ def sinks_and_recent(lab: Lab) -> None:
     ):
         for ratio in RATIOS:
             policy = pattern.policy(retrieval_ratio=ratio, sink=sink, recent=recent)
-            lab.note("sinks", lab.accuracy({"duo": policy})["duo"], window=name, ratio=ratio)
+            scores = lab.accuracy({"duo": policy})["duo"]
+            lab.note("sinks", scores, ranked=pattern, window=name, ratio=ratio)
 
 
 def windows(lab: Lab) -> None:
@@ -132,7 +135,7 @@ def lengths(lab: Lab) -> None:
     for length in (2048, 8192, 16384, 21845, 28672, 32768):
         if length <= longest:
             for name, scores in lab.accuracy(policies, lengths=(length,)).items():
-                lab.note("lengths", scores, method=name, length=length)
+                lab.note("lengths", scores, ranked=pattern, method=name, length=length)
 
 
 def _score_ratios(lab: Lab, question: str, pattern: HeadPattern, **variant: Any) -> None:
@@ -161,5 +164,7 @@ QUESTIONS: dict[str, Callable[[Lab], None]] = {
     "lengths": lengths,
     "precision": precision,
     "steps": steps,
+    "gates": gates,
     "extras": extras,
+    "reach": reach,
 }

@@ -1,7 +1,7 @@
 """How much of the gate training is needed: fewer steps, shorter contexts, and stopping when the selection stands.
 
-Every setting is compared with a long run by the heads it selects and by what they answer; `duohead identify` does the
-training, so that patience is the product's.
+`duohead identify` does the training, so that patience is the product's. Every setting leaves the heads it selects and
+what they answer; `tools.gate_tables` compares them with those of the first, so that processes can share the settings.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from duohead.identify import IdentifyOptions, haystack, identify
 from duohead.record import write_record
-from tools.findings.lab import RATIOS, RECENT, SINK, overlap
+from tools.findings.lab import RATIOS, RECENT, SINK
 
 if TYPE_CHECKING:
+    from duohead import HeadPolicy
     from tools.findings.lab import Lab
 
 EVALUATED_AT = 8192
@@ -25,9 +26,12 @@ LONG = IdentifyOptions(
 )
 
 
+REFERENCE = "400 steps, 2K-8K, seed 0"
+
+
 def settings() -> Iterator[tuple[str, IdentifyOptions]]:
     """Names and options; the first one is the reference."""
-    yield "400 steps, 2K-8K, seed 0", LONG
+    yield REFERENCE, LONG
     yield "400 steps, 2K-8K, seed 1", replace(LONG, seed=1)
     for steps in (200, 100, 50, 25):
         yield f"{steps} steps, 2K-8K", replace(LONG, steps=steps)
@@ -37,12 +41,19 @@ def settings() -> Iterator[tuple[str, IdentifyOptions]]:
     yield "50 steps at lr 0.08, 1.5K-2K", replace(short, steps=50, learning_rate=0.08)
     for patience in (10, 20, 40):
         yield f"400 steps, patience {patience}", replace(LONG, patience=patience, warmup=0.05)
+    for steps in (400, 200, 100, 50):
+        yield f"{steps} steps, target 0.04", replace(LONG, steps=steps, target=0.04)
+
+
+def chosen(policy: HeadPolicy) -> list[str]:
+    """The retrieval heads of a policy, each as "layer.head"."""
+    return [f"{n}.{head}" for n, layer in enumerate(policy.layers) for head in layer.retrieval]
 
 
 def steps(lab: Lab) -> None:
-    """Selections and exact match of every setting, against the first."""
-    reference = None
-    for name, options in settings():
+    """Selected heads and exact match of the lab's part of all settings."""
+    first, every = lab.part
+    for name, options in list(settings())[first - 1 :: every]:
         done: list[object] = []
         began = time.perf_counter()
         pattern = identify(
@@ -54,7 +65,6 @@ def steps(lab: Lab) -> None:
             on_step=done.append,
         )
         seconds = time.perf_counter() - began
-        reference = reference or pattern
         policies = {
             str(ratio): pattern.policy(retrieval_ratio=ratio, sink=SINK, recent=RECENT)
             for ratio in RATIOS
@@ -70,11 +80,13 @@ def steps(lab: Lab) -> None:
                 "model": lab.name,
                 "held_out": lab.held_out_name,
                 "evaluated_at": EVALUATED_AT,
+                "samples": lab.effort.answers,
                 **{
                     field: getattr(options, field)
                     for field in (
                         "steps",
                         "patience",
+                        "target",
                         "context_min",
                         "context_max",
                         "learning_rate",
@@ -87,7 +99,7 @@ def steps(lab: Lab) -> None:
                 "seconds": seconds,
                 "tokens": len(done) * (options.context_min + longest) / 2,
                 "ties_at_one": int((pattern.alpha == 1).sum()),
-                **{f"overlap_{ratio}": overlap(pattern, reference, ratio) for ratio in RATIOS},
+                **{f"heads_{ratio}": chosen(policy) for ratio, policy in policies.items()},
                 **{
                     f"exact_match_{ratio}": sum(scores[str(ratio)].values()) / len(TASKS) / 100
                     for ratio in RATIOS
