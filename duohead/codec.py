@@ -7,7 +7,6 @@ depend on whether a token was seen in its own chunk or from the cache. Error bou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -312,10 +311,3 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
         if dtype in (short, str(candidate), str(candidate).removeprefix("torch.")):
             return candidate
     raise ValueError(f"dtype must name a floating-point type such as 'bfloat16', got {dtype!r}")
-
-
-def bits_per_number(spec: str, head_dim: int, *, native: torch.dtype = torch.bfloat16) -> float:
-    """Storage cost in bits per stored number of keys and values, scales included."""
-    if not head_dim:
-        return math.nan
-    return 8 * pair(spec, native=native).vector_bytes(head_dim, head_dim) / (2 * head_dim)

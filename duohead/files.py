@@ -131,7 +131,7 @@ def _parents(target: Path) -> Iterator[None]:
     made = [p for p in target.parents if not p.exists()]
     last = next(p for p in target.parents if p.exists())
     if not last.is_dir():
-        text = "is a file, below which nothing can be written; name another place"
+        text = "this is a file, below which nothing can be written; name another place"
         raise NotADirectoryError(errno.ENOTDIR, text, str(last))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 import re
 
 import pytest
@@ -284,14 +283,6 @@ def test_what_is_no_codec_and_no_pair_of_them_is_refused_by_the_name_of_its_fiel
             match=f"window_dtype must be one of {LISTED}, or two of .*got {re.escape(repr(spec))}$",
         ):
             call(spec, field="window_dtype")
-
-
-def test_bits_per_number_count_the_scales() -> None:
-    assert codec.bits_per_number("fp8/int4", 128) == (8.125 + 4.25) / 2
-    assert codec.bits_per_number("int4", 128) == 4.25
-    assert codec.bits_per_number("fp8", 64) == 8.25
-    assert codec.bits_per_number("auto", 64) == 16
-    assert math.isnan(codec.bits_per_number("auto", 0))
 
 
 def test_bad_names_and_dtypes_are_refused() -> None:

@@ -317,13 +317,13 @@ def test_what_is_recorded_is_on_the_card_whole(made) -> None:
         "wording": {"outro": "\n| end"},
         "patience": 0,
         "context": None,
-        "scores": [0.5] * 17,
+        "scores": [[0.5, None]] * 9,
     }
     pattern = replace(adapter.pattern, training=training)
     text = card(replace(adapter, pattern=pattern), "a", picture=None, entries=())
     assert text.split("All that is recorded</summary>")[1].strip().splitlines()[2:-2] == [
         "| tasks | code |", '| wording | {"outro": "\\n\\| end"} |', "| patience | 0 |",
-        "| scores | 17 values, see `config.json` |",
+        "| scores | 18 values, see `config.json` |",
     ]  # fmt: skip
 
 

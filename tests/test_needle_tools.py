@@ -56,7 +56,7 @@ def timed(made: list[NeedleRow]) -> list[NeedleRow]:
     ]
 
 
-def test_a_method_is_named_by_the_share_asked_for_and_says_the_share_it_keeps():
+def test_a_method_is_named_by_the_share_asked_for_and_says_the_share_it_keeps() -> None:
     methods = comparison(tiny.pattern(), ratios=(0.25,), draws=1, seed=0, windows=[(20, 1)])
     assert list(methods)[1:4] == ["duo_25", "random_25_0", "duo@20+1_25"]
     assert {methods[name].share for name in list(methods)[1:4]} == {2 / 6}

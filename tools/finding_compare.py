@@ -60,9 +60,9 @@ def close(records: Records) -> str:
     rows = []
     for way in dict.fromkeys(map(_way, ranked)):
         found = [_cells(records, way, share) for share in shares]
-        cells = [f"{_mean(one):.1f} ({difference(one, full)})" for one in found]
+        cells = [f"{over_tasks(one):.1f} ({difference(one, full)})" for one in found]
         rows.append([way, *cells, *_cost([e for e in ranked if _way(e) == way])])
-    rows.append(["*full attention*", *[f"{_mean(full):.1f}"] * len(shares), *[""] * 3])
+    rows.append(["*full attention*", *[f"{over_tasks(full):.1f}"] * len(shares), *[""] * 3])
     return table(["scorer", *_named(shares), "time", "forward", "backward"], rows) + line_of(ranked)
 
 
@@ -113,22 +113,28 @@ def difference(one: Cells, other: Cells) -> str:
     return f"{gap:+.1f} ± {error:.1f}".replace("-0.0 ", "0.0 ").replace("+0.0 ", "0.0 ")
 
 
-def _cells(records: Records, way: str, share: float | None = None) -> Cells:
+def by_cell(entries: Records) -> Cells:
+    """By task, then length and depth, the exact match of records that have it ``by_depth``; seeds averaged."""
     found: dict[str, dict[tuple[int, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for entry in records:
-        if entry["op"] == SUMMARY and _way(entry) == way:
-            if share is not None and not is_of(entry, retrieval_ratio=share):
-                continue
-            for task, depths in entry["numbers"]["by_depth"].items():
-                for depth, right in depths.items():
-                    found[task][entry["shape"]["length"], depth].append(right)
+    for entry in entries:
+        for task, depths in entry["numbers"]["by_depth"].items():
+            for depth, right in depths.items():
+                found[task][entry["shape"]["length"], depth].append(right)
     return {
         task: {cell: mean(seeds) for cell, seeds in cells.items()} for task, cells in found.items()
     }
 
 
-def _mean(cells: Cells) -> float:
+def over_tasks(cells: Cells) -> float:
+    """The mean over tasks of their means over cells."""
     return mean(mean(task.values()) for task in cells.values())
+
+
+def _cells(records: Records, way: str, share: float | None = None) -> Cells:
+    wanted = {} if share is None else {"retrieval_ratio": share}
+    return by_cell(
+        [e for e in records if e["op"] == SUMMARY and _way(e) == way and is_of(e, **wanted)]
+    )
 
 
 def _ranked(records: Records) -> list[dict[str, Any]]:

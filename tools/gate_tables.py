@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from duohead.evaluate.methods import share_name
-from tools.finding_compare import Cells, difference
+from tools.finding_compare import Cells, difference, over_tasks
 from tools.finding_records import Records, is_of, mean, models, of, values
 from tools.finding_tables import count, line_of, spread
+from tools.findings.gates import FULL
+from tools.findings.steps import REFERENCE
 from tools.speed_tables import NOTHING, table
 
-FULL = "full"
-REFERENCE = "400 steps, 2K-8K, seed 0"
 SHARES = ("0.5", "0.25", "0.125")
 
 
@@ -39,7 +39,7 @@ def gates(model: str) -> Callable[[Records], str]:
                 seeds = spread([e["numbers"]["mean"] for e in found])
                 cells.append(f"{seeds}; {difference(_cells(found), full)}" if found else "")
             rows.append([way, *cells, *_cost([e for e in ranked if is_of(e, way=way)])])
-        rows.append(["*full attention*", *[f"{_mean(full):.1f}"] * len(shares), *[""] * 4])
+        rows.append(["*full attention*", *[f"{over_tasks(full):.1f}"] * len(shares), *[""] * 4])
         head = [
             "trained on", *(f"{share_name(s)} %" for s in shares),
             "gates at 1", "time", "forward", "backward",
@@ -109,10 +109,6 @@ def _cells(entries: Records) -> Cells:
         }
         for task in tasks
     }
-
-
-def _mean(cells: Cells) -> float:
-    return mean(mean(task.values()) for task in cells.values())
 
 
 def _cost(own: Sequence[dict[str, Any]]) -> list[str]:

@@ -51,8 +51,8 @@ def times(model: str) -> Callable[[Path], str]:
                     _windows(own[0]),
                     span([100 * result.mean(method=method) for method in methods]),
                     weight(result, methods[0]),
-                    _spoken([row.ttft_ms for row in own]),
-                    _spoken([row.tpot_ms for row in own]),
+                    _milliseconds([row.ttft_ms for row in own]),
+                    _milliseconds([row.tpot_ms for row in own]),
                 ]
             )
         length = short_count(result.lengths[-1])
@@ -124,8 +124,8 @@ def _windows(row: NeedleRow) -> str:
     return f"{row.sink} + {row.recent}{seen}"
 
 
-def _spoken(found: Sequence[float | None]) -> str:
-    """Milliseconds of one method, or the span of several; every cell of a length has the same."""
+def _milliseconds(found: Sequence[float | None]) -> str:
+    """The time of one method, or the span of several; every cell of a length has the same."""
     known = sorted({value for value in found if value is not None})
     if not known:
         return ""

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from duohead.evaluate.svg import short_count
-from tools.finding_compare import Cells, difference
+from tools.finding_compare import by_cell, difference
 from tools.finding_records import Records, is_of, mean, models, of, values
 from tools.finding_tables import line_of
 from tools.speed_tables import NOTHING, table
@@ -57,7 +57,7 @@ def _bytes(entries: Records, length: int) -> list[int]:
 
 def _lost(entries: Records, full: Records) -> list[str]:
     """The mean over tasks less that of full attention, how many tasks are near it, and what the others lose."""
-    ours, whole = _cells(entries), _cells(full)
+    ours, whole = by_cell(entries), by_cell(full)
     alone = {task: ({task: ours[task]}, {task: whole[task]}) for task in whole}
     far = [
         task
@@ -66,12 +66,3 @@ def _lost(entries: Records, full: Records) -> list[str]:
     ]
     named = ", ".join(f"{task} {difference(*alone[task])}" for task in far)
     return [difference(ours, whole), f"{len(whole) - len(far)} of {len(whole)}", named]
-
-
-def _cells(entries: Records) -> Cells:
-    found: dict[str, dict[tuple[int, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for entry in entries:
-        for task, depths in entry["numbers"]["by_depth"].items():
-            for depth, right in depths.items():
-                found[task][entry["shape"]["length"], depth].append(right)
-    return {task: {at: mean(seeds) for at, seeds in own.items()} for task, own in found.items()}

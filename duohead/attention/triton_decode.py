@@ -129,6 +129,7 @@ def _join(
     last = len(views) - 1
     width = out.shape[3]
     bits = max(plan.bits)
+    # A rotation needs its channels in one program, whose sums (splits times channels) must fit registers.
     block = max(min(triton.next_power_of_2(width), 64), 1 << bits)
     join_kernel[(sum(rows), triton.cdiv(width, block))](
         acc, stat, out, sink_logits, query.shape[1], views[0].heads, views[last].heads,

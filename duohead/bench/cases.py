@@ -180,9 +180,8 @@ def _rotation() -> Iterator[Case]:
     """What a rotation of keys and values costs decode, and storing them, beside the same format without."""
     for length in (32768, 131072):
         for name in ("int4", codec.HADAMARD):
-            stored = {"retrieval_dtype": name, "streaming_dtype": name}
-            yield Case("decode", length, **stored)  # type: ignore[arg-type]
-            yield Case("append", length, **stored)  # type: ignore[arg-type]
+            for op in ("decode", "append"):
+                yield Case(op, length, retrieval_dtype=name, streaming_dtype=name)
 
 
 PRESETS: dict[str, Callable[[], Iterator[Case]]] = {

@@ -256,10 +256,16 @@ def _making(pattern: HeadPattern, recorded: Mapping[str, Any]) -> Iterator[tuple
 def _said(value: Any) -> str:
     """What a pattern records of one thing, in a cell of a table."""
     if isinstance(value, list | tuple):
-        if len(value) > MANY:
-            return f"{len(value)} values, see `config.json`"
-        return ", ".join(map(_said, value))
+        values = list(_flat(value))
+        if len(values) > MANY:
+            return f"{len(values)} values, see `config.json`"
+        return ", ".join(map(_said, values))
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else f"{value}"
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _count(value: Any) -> str:

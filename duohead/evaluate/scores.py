@@ -172,10 +172,10 @@ def metrics_of(numbers: Mapping[str, object]) -> list[str]:
 
 
 def by_grid(scores: Sequence[Score]) -> list[Score]:
-    """The scores, those of lengths that were run at other depths than the model's others named by theirs.
+    """The scores; where a model's lengths were not all run at the same depths, those of each set of depths stand apart.
 
-    They were made apart, for some of the methods perhaps: a mean over both is over other cells for each method, and a
-    grid of both mostly holes.
+    Their model's name then ends in lengths and number of depths. Such runs may have different methods: a mean over
+    both would be over other cells for each method, and a grid of both mostly holes.
     """
     depths: dict[tuple[str, str, int], set[float]] = defaultdict(set)
     for s in scores:

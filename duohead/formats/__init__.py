@@ -59,7 +59,7 @@ def fetch(name: str, revision: str | None, **options: Any) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(
             f"{name}: no such folder, and not a hub id either; name a pattern's folder or owner/name (bundled ones lie "
-            f"at duohead.pocket.pattern(model))"
+            f"at duohead.pocket.pattern(model); on the command line the model's name will do, such as pocket)"
         )
     from huggingface_hub import snapshot_download
 

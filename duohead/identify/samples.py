@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Questions of each kind in a text: as many as let all kinds fit into the paper's shortest context.
 _EACH = 3
+# Samples of each task that are made before a run.
 _PROBED = 16
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.tasks import TASKS
 from duohead.identify import IdentifyOptions, haystack, train
-from duohead.identify import options as known
+from duohead.identify.options import TASKS as TRAINING_TASKS
 from duohead.identify.scorers import score
 from duohead.identify.stability import Stability
 from tools.findings.lab import RATIOS, RECENT, SINK
@@ -50,8 +50,8 @@ class Way:
 WAYS = (
     Way("passkeys, weight 0.05 (paper)"),
     Way("passkeys, target 0.04", {"target": 0.04}),
-    Way("mix, weight 0.05", {"tasks": known.TASKS}),
-    Way("mix, target 0.04", {"tasks": known.TASKS, "target": 0.04}),
+    Way("mix, weight 0.05", {"tasks": TRAINING_TASKS}),
+    Way("mix, target 0.04", {"tasks": TRAINING_TASKS, "target": 0.04}),
     Way("passkeys, weight 0.02", {"reg_weight": 0.02}),
     Way("passkeys, weight 0.01", {"reg_weight": 0.01}),
     Way("passkeys, weight 0 to 0.1", course=lambda share: 0.1 * share),

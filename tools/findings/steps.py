@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 EVALUATED_AT = 8192
 TASKS = ("passkeys", "needle", "number")
+REFERENCE = "400 steps, 2K-8K, seed 0"
 LONG = IdentifyOptions(
     steps=400, sink=SINK, recent=RECENT, context_max=8192, deterministic=False, patience_slack=0.0
 )
-
-
-REFERENCE = "400 steps, 2K-8K, seed 0"
 
 
 def settings() -> Iterator[tuple[str, IdentifyOptions]]:

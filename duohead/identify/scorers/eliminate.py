@@ -40,7 +40,7 @@ _WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.1)
 class EliminateOptions(ScorerOptions):
     """What a choice of heads is judged by, and how many choices are tried; lengths are in tokens.
 
-    With these defaults 256 heads (an 8B model) take about 20 million tokens forward and 640 (a 70B model) 26 million,
+    With these defaults 256 heads (an 8B model) take about 20 million tokens forward and 640 (a 70B model) 25 million,
     at 400 TFLOP/s a quarter of an hour and two and a half hours; ``batch_tokens`` sets the memory beside the weights.
     """
 
@@ -267,6 +267,7 @@ def measure(
 
 
 def _each(quizzes: Sequence[Quiz]) -> int:
+    """How many questions of each kind every one of the texts has."""
     return quizzes[0].kinds.count("list")
 
 
