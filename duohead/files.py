@@ -129,7 +129,7 @@ def _replace_each(staging: Path, target: Path, names: list[str]) -> None:
 @contextmanager
 def _parents(target: Path) -> Iterator[None]:
     made = [p for p in target.parents if not p.exists()]
-    last = next(p for p in target.parents if p.exists())
+    last = last_existing(target.parent)
     if not last.is_dir():
         text = "this is a file, below which nothing can be written; name another place"
         raise NotADirectoryError(errno.ENOTDIR, text, str(last))
@@ -164,6 +164,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def last_existing(path: str | os.PathLike[str]) -> Path:
+    """What of a path is there already: itself, or the nearest folder above it (a file, where one is in the way)."""
+    target = Path(path)
+    return next(place for place in (target, *target.absolute().parents) if place.exists())
+
+
 def check_writable(path: str | os.PathLike[str], *, suffix: str | None = None) -> None:
     """Make sure, before long work, that a file can be made at ``path`` (its missing folders included).
 
@@ -177,7 +183,7 @@ def check_writable(path: str | os.PathLike[str], *, suffix: str | None = None) -
         return
     if target.is_dir():
         raise ValueError(f"output {str(path)!r} is a folder; name a file in it")
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    folder = last_existing(target.absolute().parent)
     try:
         # Permission bits do not tell what root, a full disk or a read-only mount will do: try it.
         with tempfile.TemporaryFile(dir=folder) as trial:

@@ -20,6 +20,7 @@ from duohead import files, formats
 from duohead.fingerprint import check, fingerprint, whole
 from duohead.selection import Heads, rank_heads, select_heads
 from duohead.shapes import LayerShape, check_window, layer_shapes, text_config
+from duohead.storage import is_int
 
 if TYPE_CHECKING:
     from duohead.policy import HeadPolicy
@@ -366,5 +367,5 @@ def _check_alpha(alpha: NDArray[np.float32]) -> None:
 
 
 def _check_integer(name: str, value: Any, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not is_int(value) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 MIN_STEP = 16
 MAX_STEP = 16384
@@ -124,6 +124,6 @@ def _certain_from(saving: Callable[[int], int], level: int) -> int | None:
     return first + MAX_STEP * (-least // gain + 1) if gain > 0 else None
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether a value is an integer, True and False left out."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -38,12 +38,8 @@ OPTIONS = IdentifyOptions(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with its tokenizer, and a pattern of it, on disk."""
-    path = tmp_path_factory.mktemp("tiny")
-    tiny.model().save_pretrained(path / "model")
-    tiny.tokenizer().save_pretrained(path / "model")
-    tiny.pattern().save(path / "pattern")
+    path = tiny.save(tmp_path_factory.mktemp("tiny"))
     tiny.pattern(layers=5).save(path / "other")
-    (path / "prose.txt").write_text(tiny.TEXT)
     (path / "short.txt").write_text("too short to hide anything in")
     (path / "empty.txt").write_text(" \n")
     (path / "binary.bin").write_bytes(b"ab\0cd")

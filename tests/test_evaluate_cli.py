@@ -15,12 +15,7 @@ from duohead.evaluate.results import NeedleResult
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("evaluate")
-    tiny.model().save_pretrained(place / "model")
-    tiny.tokenizer().save_pretrained(place / "model")
-    tiny.pattern().save(place / "pattern")
-    (place / "prose.txt").write_text(tiny.TEXT[:40000])
-    return place
+    return tiny.save(tmp_path_factory.mktemp("evaluate"), characters=40000)
 
 
 def command(folder, kind, **changes):

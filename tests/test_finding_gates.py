@@ -96,7 +96,7 @@ def shared(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Lab, lis
 
     monkeypatch.setattr(gates, "TASKS", {"number": TASKS["number"]})
     monkeypatch.setattr(gates, "DEPTHS", (0.3, 0.7))
-    monkeypatch.setattr(gates, "evaluate_needle", counted)
+    monkeypatch.setattr("tools.findings.lab.evaluate_needle", counted)
     monkeypatch.setattr(gates, "trained", lambda lab, way, seed: stand_in(way, seed))
     small = replace(lab, effort=replace(SMALL, lengths=(300,)), ratios=(0.5,))
     for part in (1, 2, 3):

@@ -9,19 +9,15 @@ import tiny_evaluation
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'duohead[eval]')")
 pytest.importorskip("accelerate", reason="lm-eval's adapter needs accelerate")
 
+import tiny_harness as shared
 from tiny_harness import STORY, instances, ours, plan, task_files
 
 from duohead.evaluate.harness import evaluate_harness
 from duohead.evaluate.scoring import using
 
 pytestmark = pytest.mark.gpu
+tokenizer = shared.tokenizer
 POLICY = tiny_evaluation.pattern().policy(retrieval_ratio=0.5, sink=4, recent=16)
-
-
-def tokenizer() -> Any:
-    made = tiny_evaluation.tokenizer()
-    made.add_special_tokens({"eos_token": "~"})
-    return made
 
 
 def answers(lm: Any) -> tuple[list[float], list[bool], list[str]]:
@@ -35,22 +31,22 @@ def answers(lm: Any) -> tuple[list[float], list[bool], list[str]]:
 
 
 @pytest.mark.parametrize("policy", [None, POLICY], ids=["full", "duo"])
-def test_likelihoods_and_texts_on_the_gpu_are_those_of_the_cpu(policy: Any) -> None:
+def test_likelihoods_and_texts_on_the_gpu_are_those_of_the_cpu(tokenizer: Any, policy: Any) -> None:
     model = tiny_evaluation.model(positions=256)
     made = []
     for device in ("cpu", "cuda"):
         with using(model.to(device), policy) as bound:
-            made.append(answers(ours(model, tokenizer(), bound)))
+            made.append(answers(ours(model, tokenizer, bound)))
     expected, found = made
     assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-4)
     assert found[1:] == expected[1:]
 
 
-def test_task_files_score_on_the_gpu_as_on_the_cpu(tmp_path: Path) -> None:
+def test_task_files_score_on_the_gpu_as_on_the_cpu(tokenizer: Any, tmp_path: Path) -> None:
     options = plan(task_files(tmp_path), "tiny_group", "tiny_text", "tiny_rolling")
     model, policies = tiny_evaluation.model(positions=256), {"full": None, "duo_50": POLICY}
     expected, found = (
-        evaluate_harness(model.to(device), tokenizer(), policies=policies, options=options)
+        evaluate_harness(model.to(device), tokenizer, policies=policies, options=options)
         for device in ("cpu", "cuda")
     )
     assert [(row.method, row.task) for row in found] == [(r.method, r.task) for r in expected]

@@ -15,12 +15,7 @@ from duohead.record import read_records
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("recording")
-    tiny.model().save_pretrained(place / "model")
-    tiny.tokenizer().save_pretrained(place / "model")
-    tiny.pattern().save(place / "pattern")
-    (place / "prose.txt").write_text(tiny.TEXT[:20000])
-    return place
+    return tiny.save(tmp_path_factory.mktemp("recording"), characters=20000)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -53,6 +55,15 @@ def model(*, positions: int = 4096, seed: int = 0):
 def pattern(*, layers: int = LAYERS, heads: int = HEADS) -> HeadPattern:
     alpha = np.random.default_rng(0).random((layers, heads), dtype=np.float32)
     return HeadPattern.from_alpha(alpha, sink=4, recent=16)
+
+
+def save(folder: Path, *, characters: int | None = None) -> Path:
+    """Model, tokenizer, pattern and as much prose as asked for, as files that a command line can name."""
+    model().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    pattern().save(folder / "pattern")
+    (folder / "prose.txt").write_text(TEXT[:characters])
+    return folder
 
 
 def row(name: str, method: Method, **changes: object) -> NeedleRow:

@@ -7,7 +7,6 @@ with one file or several to be joined: of what they share, such as full attentio
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from duohead.files import write_text
 from duohead.record import read_records
+from tools.finding_records import rewrite
 
 OP = "evaluate.compare"
 # One scorer with other options is another way to find heads; full attention has none.
@@ -62,8 +61,7 @@ def main() -> None:
     """Read all files but the last, write the last."""
     *sources, target = sys.argv[1:]
     entries = [entry for source in sources for entry in read_records(source)]
-    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in condensed(entries))
-    write_text(target, "".join(lines))
+    rewrite(target, condensed(entries))
 
 
 if __name__ == "__main__":

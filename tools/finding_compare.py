@@ -42,7 +42,7 @@ def compare(records: Records) -> str:
             )
             for share in shares
         ]
-        rows.append([way, *cells, *_cost(own)])
+        rows.append([way, *cells, *cost(own, prefix="identify_")])
     full = [e for e in records if e["op"] == SUMMARY and e["shape"]["scorer"] == FULL]
     rows.append(
         ["*full attention*", *[f"{mean(map(_all_tasks, full)):.1f}"] * len(shares), *[""] * 3]
@@ -61,7 +61,8 @@ def close(records: Records) -> str:
     for way in dict.fromkeys(map(_way, ranked)):
         found = [_cells(records, way, share) for share in shares]
         cells = [f"{over_tasks(one):.1f} ({difference(one, full)})" for one in found]
-        rows.append([way, *cells, *_cost([e for e in ranked if _way(e) == way])])
+        own = [e for e in ranked if _way(e) == way]
+        rows.append([way, *cells, *cost(own, prefix="identify_")])
     rows.append(["*full attention*", *[f"{over_tasks(full):.1f}"] * len(shares), *[""] * 3])
     return table(["scorer", *_named(shares), "time", "forward", "backward"], rows) + line_of(ranked)
 
@@ -130,6 +131,15 @@ def over_tasks(cells: Cells) -> float:
     return mean(mean(task.values()) for task in cells.values())
 
 
+def cost(own: Records, *, prefix: str = "") -> list[str]:
+    """Seconds and tokens that a ranking took, means over seeds, from the numbers called so after ``prefix``."""
+    seconds, *tokens = (
+        mean(e["numbers"][f"{prefix}{name}"] for e in own)
+        for name in ("seconds", "forward_tokens", "backward_tokens")
+    )
+    return [f"{seconds:.0f} s", *map(count, tokens)]
+
+
 def _cells(records: Records, way: str, share: float | None = None) -> Cells:
     wanted = {} if share is None else {"retrieval_ratio": share}
     return by_cell(
@@ -154,15 +164,6 @@ def _shares(ranked: Records) -> list[float]:
 
 def _named(shares: Sequence[float]) -> list[str]:
     return [f"{share_name(share)} %" for share in shares]
-
-
-def _cost(own: Records) -> list[str]:
-    """Seconds and tokens that a ranking took, means over seeds."""
-    seconds, *tokens = (
-        mean(e["numbers"][f"identify_{name}"] for e in own)
-        for name in ("seconds", "forward_tokens", "backward_tokens")
-    )
-    return [f"{seconds:.0f} s", *map(count, tokens)]
 
 
 def _all_tasks(entry: Mapping[str, Any]) -> float:

@@ -9,16 +9,18 @@ files what no longer counts.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
+from duohead import pocket
 from duohead.files import write_text
 from duohead.record import read_records
 
 Records = Sequence[dict[str, Any]]
-MODELS = ("pocket", "pocket-mha", "pocket-laguna")
+MODELS = pocket.NAMES
 TASKS = ("passkeys", "needle", "number", "keyvalue")
 # How much was spent on a measurement, which a later one may do differently.
 _EFFORT = ("steps", "samples", "lengths")
@@ -129,11 +131,15 @@ def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**_ONCE.get(entry["op"].removeprefix(_PREFIX), {}), **entry["shape"]}
 
 
+def rewrite(path: str | os.PathLike[str], records: Records) -> None:
+    """Put these records in place of all that the file holds."""
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in records))
+
+
 def main() -> None:
     """Rewrite the files."""
     for path in sys.argv[1:]:
-        lines = (json.dumps(e, ensure_ascii=False) + "\n" for e in current(read_records(path)))
-        write_text(path, "".join(lines))
+        rewrite(path, current(read_records(path)))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ do not wait for one another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from duohead.evaluate.methods import share_name
-from tools.finding_compare import Cells, difference, over_tasks
+from tools.finding_compare import Cells, cost, difference, over_tasks
 from tools.finding_records import Records, is_of, mean, models, of, values
-from tools.finding_tables import count, line_of, spread
+from tools.finding_tables import line_of, spread
 from tools.findings.gates import FULL
+from tools.findings.lab import RATIOS
 from tools.findings.steps import REFERENCE
 from tools.speed_tables import NOTHING, table
-
-SHARES = ("0.5", "0.25", "0.125")
 
 
 def gates(model: str) -> Callable[[Records], str]:
@@ -38,7 +37,9 @@ def gates(model: str) -> Callable[[Records], str]:
                 found = [e for e in ranked if is_of(e, way=way, ratio=share)]
                 seeds = spread([e["numbers"]["mean"] for e in found])
                 cells.append(f"{seeds}; {difference(_cells(found), full)}" if found else "")
-            rows.append([way, *cells, *_cost([e for e in ranked if is_of(e, way=way)])])
+            mine = [e for e in ranked if is_of(e, way=way)]
+            ties = mean(e["numbers"]["ties_at_one"] for e in mine)
+            rows.append([way, *cells, f"{ties:.1f}", *cost(mine)])
         rows.append(["*full attention*", *[f"{over_tasks(full):.1f}"] * len(shares), *[""] * 4])
         head = [
             "trained on", *(f"{share_name(s)} %" for s in shares),
@@ -60,13 +61,13 @@ def saved(records: Records) -> str:
             str(e["numbers"]["steps_done"]),
             *(
                 f"{100 * e['numbers'][f'overlap_{r}']:.0f} %, {100 * e['numbers'][f'exact_match_{r}']:.0f}"
-                for r in SHARES
+                for r in RATIOS
             ),
         ]
         for model in models(own)
         for e in sorted((e for e in own if is_of(e, model=model)), key=_place)
     ]
-    head = ["", "steps", *(f"{share_name(float(r))} %: shared, exact match" for r in SHARES)]
+    head = ["", "steps", *(f"{share_name(r)} %: shared, exact match" for r in RATIOS)]
     return table(head, rows) + line_of(own)
 
 
@@ -81,7 +82,7 @@ def with_overlaps(records: Records) -> list[dict[str, Any]]:
         theirs = longest.get(entry["shape"]["model"])
         if theirs is not None:
             mine = {
-                f"overlap_{r}": _overlap(entry["numbers"], theirs, f"heads_{r}") for r in SHARES
+                f"overlap_{r}": _overlap(entry["numbers"], theirs, f"heads_{r}") for r in RATIOS
             }
             found.append({**entry, "numbers": {**entry["numbers"], **mine}})
     return found
@@ -109,10 +110,3 @@ def _cells(entries: Records) -> Cells:
         }
         for task in tasks
     }
-
-
-def _cost(own: Sequence[dict[str, Any]]) -> list[str]:
-    """Gates that ended at one, seconds and tokens: means over seeds."""
-    names = ("ties_at_one", "seconds", "forward_tokens", "backward_tokens")
-    ties, seconds, *tokens = (mean(e["numbers"][name] for e in own) for name in names)
-    return [f"{ties:.1f}", f"{seconds:.0f} s", *map(count, tokens)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.figure_parts import first, panels_of, run, write_figures
+from tools.figure_parts import first, panels_of, run, with_legend, write_figures
 from tools.finding_records import TASKS, Records, mean
 from tools.laguna_heads import GATES, WINDOWS
 from tools.laguna_tables import of_op
@@ -99,9 +99,7 @@ def training(records: Records) -> Figure | None:
     for entry, axes in zip(own, panels.values(), strict=True):
         _lines(axes, entry["numbers"])
     first(panels).set_ylabel("gate: share of full attention")
-    handles, names = first(panels).get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize="small")
-    return figure
+    return with_legend(figure, panels)
 
 
 def _run(entry: dict[str, Any]) -> str:

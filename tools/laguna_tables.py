@@ -6,7 +6,7 @@ one thing the newest counts. Needles at the very start and end of a text are lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from duohead.evaluate.results import NeedleResult
 from duohead.evaluate.svg import short_count
 from duohead.record import read_records
 from tools.finding_records import TASKS, Records
+from tools.laguna_heads import WINDOWS
 from tools.needle_tables import HEADS, named, span, weight
 from tools.speed_tables import NOTHING, machine_line, table
 
-WINDOWS = "laguna.windows"
 SHARE = 0.4  # of all heads that the adapter keeps whole
 _SAID = {"native": "as they are", "ignored": "ignored, as the adapter trained"}
 
@@ -85,14 +85,3 @@ def _layers(alpha: Sequence[Sequence[float | None]], native: Sequence[Sequence[A
     best = sorted(scored, reverse=True)[: round(SHARE * len(scored))]
     inside = sum(native[layer][0] is None for _, layer in best)
     return f"{len(best) - inside} in global layers, {inside} in windowed ones"
-
-
-def _over(make: Callable[[Records], str]) -> Callable[[Path], str]:
-    return lambda path: make(read_records(path))
-
-
-# Name of a table -> its file of records in results/, and the function; `tools/readme.py` takes them as they are.
-SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "laguna_accuracy": ("needle-pocket-laguna.jsonl", accuracy),
-    "laguna_windows": ("gates-pocket-laguna.jsonl", _over(windows)),
-}

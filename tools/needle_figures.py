@@ -17,6 +17,7 @@ from duohead.evaluate import prose_results, results
 from duohead.evaluate.svg import short_count
 from tools.figure_parts import panels_of, run, with_legend, write_figures
 from tools.finding_records import MODELS, Records, models
+from tools.needle_tables import called
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,9 +119,7 @@ def _kind(entry: dict[str, Any]) -> str:
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """What a choice of heads is called, by the share that was kept."""
-    kind, share = _kind(entry), f"{100 * entry['shape']['retrieval_ratio']:.3g} %"
-    return SAID.get(kind) or {"duo": f"identified, {share}", "random": f"random, {share}"}[kind]
+    return called(entry["impl"], entry["shape"]["retrieval_ratio"], ends=SAID)
 
 
 def _dashes(entry: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:

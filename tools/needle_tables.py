@@ -6,7 +6,7 @@ rounds what was asked for. `tools/readme.py` puts them into the pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from duohead.evaluate.results import OP, NeedleResult, NeedleRow
@@ -14,7 +14,7 @@ from duohead.evaluate.svg import short_count
 from duohead.record import read_records
 from tools.speed_tables import NOTHING, machine_line, table
 
-ALL, NONE = "all (full attention)", "none (all heads stream)"
+ENDS = {"full": "all (full attention)", "streaming": "none (all heads stream)"}
 HEADS = "heads that keep everything"
 MIB = 2**20
 
@@ -89,14 +89,18 @@ def named(result: NeedleResult) -> dict[str, list[str]]:
     shares = {row.method: row.retrieval_ratio for row in result.rows}
     found: dict[str, list[str]] = {}
     for method in sorted(shares, key=lambda method: (-shares[method], method.startswith("random"))):
-        kind, share = method.partition("_")[0], f"{100 * shares[method]:.3g} %"
-        name = {"full": ALL, "streaming": NONE}.get(kind)
-        name = name or {"duo": f"identified, {share}", "random": f"random, {share}"}[kind]
+        name = called(method, shares[method], ends=ENDS)
         found.setdefault(name, []).append(method)
     return {
         f"{name} ({len(own)} draw{'s'[: len(own) - 1]})" if name.startswith("random") else name: own
         for name, own in found.items()
     }
+
+
+def called(method: str, share: float, *, ends: Mapping[str, str]) -> str:
+    """What a choice of heads is called: all heads and none as in ``ends``, others by the share that was kept."""
+    kind, kept = method.partition("_")[0], f"{100 * share:.3g} %"
+    return ends.get(kind) or {"duo": f"identified, {kept}", "random": f"random, {kept}"}[kind]
 
 
 def span(scores: Sequence[float]) -> str:

@@ -14,9 +14,8 @@ from typing import Any
 
 from duohead.bench.figures import machine
 from duohead.evaluate.results import OP
-from duohead.files import write_text
 from duohead.record import read_records
-from tools.finding_records import Records
+from tools.finding_records import Records, rewrite
 
 TIMES = ("ttft_ms", "tpot_ms", "engine")
 # What a time depends on, and what says that both were made by the same code on the same kind of machine.
@@ -54,7 +53,7 @@ def _key(entry: dict[str, Any]) -> str:
 def join(scored: str | os.PathLike[str], timed: str | os.PathLike[str]) -> int:
     """Write the times of one file into the other; how many records it holds."""
     entries = with_times(read_records(scored), read_records(timed))
-    write_text(scored, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+    rewrite(scored, entries)
     return len(entries)
 
 

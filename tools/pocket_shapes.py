@@ -6,7 +6,7 @@ A shape makes its configuration, and from it the form that trains fast. `SHAPES[
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,17 +46,21 @@ class Shape:
         """The configuration in transformers with these sizes."""
         from transformers import LlamaConfig
 
-        return LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=64,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rope = {"rope_type": "default", "rope_theta": 500000.0}
+        return LlamaConfig(rope_parameters=rope, **self._shared())
+
+    def _shared(self) -> dict[str, Any]:
+        """What the configuration of every family takes."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": 64,
             **COMMON,
-        )
+        }
 
     def model(self, *, compute: torch.dtype, compiled: bool) -> PocketModel:
         """The model in the form that trains fast, with random weights."""
@@ -96,13 +100,6 @@ class LagunaShape(Shape):
 
         global_layers = [index % 4 == 0 for index in range(self.layers)]
         return LagunaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=64,
             layer_types=[
                 "full_attention" if every else "sliding_attention" for every in global_layers
             ],
@@ -115,7 +112,7 @@ class LagunaShape(Shape):
             num_experts_per_tok=self.chosen,
             moe_intermediate_size=self.expert_inner,
             shared_expert_intermediate_size=self.shared_inner,
-            **COMMON,
+            **self._shared(),
         )
 
     def model(self, *, compute: torch.dtype, compiled: bool) -> PocketModel:

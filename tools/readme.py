@@ -55,7 +55,7 @@ def prefill(path: Path) -> str:
 SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
     **needle_tables.SOURCES,
     "prefill": ("prefill-cpu.jsonl", prefill),
-    **laguna_tables.SOURCES,
+    "laguna_accuracy": ("needle-pocket-laguna.jsonl", laguna_tables.accuracy),
     "rotation_cost": ("kernels-h100.jsonl", rotation_tables.rotation_cost),
     **{
         name: (file, lambda path, make=make: make(read_records(path)))  # type: ignore[misc]
@@ -96,6 +96,7 @@ SOURCES: dict[str, tuple[str, Callable[[Path], str]]] = {
             "precision_pocket": ("precision.jsonl", precision_tables.precision("pocket")),
             "precision_mha": ("precision.jsonl", precision_tables.precision("pocket-mha")),
             "precision_laguna": ("precision.jsonl", precision_tables.precision("pocket-laguna")),
+            "laguna_windows": ("gates-pocket-laguna.jsonl", laguna_tables.windows),
             "laguna_card": ("footprint-laguna.jsonl", footprint_tables.card),
             "laguna_longer": ("footprint-laguna.jsonl", footprint_tables.longer),
             "laguna_policies": ("footprint-laguna.jsonl", footprint_tables.policies),

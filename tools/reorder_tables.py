@@ -7,7 +7,6 @@ implementation's patterns lie beside a developer's checkout. Run `python tools/r
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from duohead import HeadPattern, HeadPolicy, pocket  # noqa: E402
 from duohead.files import write_text  # noqa: E402
 from duohead.models.ranks import in_order, rank_shares  # noqa: E402
+from tools.readme import MARK  # noqa: E402
 from tools.speed_tables import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "reorder.md"
@@ -24,7 +24,6 @@ PUBLISHED = ROOT.parent / "shared" / "patterns" / "Llama-3-8B-Instruct-Gradient-
 RANKS = (2, 4, 8)
 RATIOS = (0.5, 0.25)
 HEAD = ["retrieval heads", "ranks", "as they are", "retrieval first", "`ranks=` of `reorder_heads`"]
-MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def balance(pattern: HeadPattern, *, tokens: int, head_dim: int) -> str:

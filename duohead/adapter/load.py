@@ -179,8 +179,7 @@ def open_adapter(
 
 def base_folder(name: str | None) -> str:
     """What transformers finds a base model by: the folder of a bundled model, else the name itself."""
-    bundled = name in pocket.NAMES and not Path(str(name)).exists()
-    return str(pocket.folder(str(name))) if bundled else str(name)
+    return str(pocket.folder(str(name))) if pocket.bundled(name) else str(name)
 
 
 def merged(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from duohead import __version__, files, formats
+from duohead.formats.parts import json_bytes
 from duohead.models import policy_of
 from duohead.pattern import HeadPattern
 from duohead.policy import HeadPolicy
@@ -105,7 +106,7 @@ def contents(pattern: HeadPattern) -> dict[str, bytes]:
     config = {**json.loads(made[formats.CONFIG]), "auto_map": AUTO_MAP}
     return {
         **made,
-        formats.CONFIG: _json(config),
+        formats.CONFIG: json_bytes(config),
         MODULE: SOURCE.encode(),
         REQUIREMENTS: f"duohead>={__version__}\n".encode(),
     }
@@ -125,7 +126,7 @@ def write(
     config = json.loads(made.pop(formats.CONFIG))
     config[WRITTEN] = {**known, **{name: _sha256(made[name]) for name in _others(made)}}
     # Last: after a kill amid the renames, the same export again finds its own files, and no digests of missing ones.
-    made[formats.CONFIG] = _json(config)
+    made[formats.CONFIG] = json_bytes(config)
     try:
         files.write_folder(folder, made)
     except OSError as error:
@@ -187,10 +188,6 @@ def _others(made: Mapping[str, bytes]) -> list[str]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _json(config: Mapping[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _same_heads(one: HeadPattern, other: HeadPattern) -> bool:

@@ -167,8 +167,8 @@ def least_saving(kept: Kept, policy: HeadPolicy, lengths: Range) -> Least:
         ours = policy.kv_bytes(first)
 
         def saving(tokens: int, ours: int = ours) -> float:
-            own = policy.dense_kv_bytes(tokens)
-            return 1 - ours / (fp8_bytes(policy, tokens) if lengths.fp8 else own)
+            own = fp8_bytes(policy, tokens) if lengths.fp8 else policy.dense_kv_bytes(tokens)
+            return 1 - ours / own
 
         least = min(least, (saving(first), first))
         enough = bisect_left(range(first, last + 1), lengths.target, key=saving) + first

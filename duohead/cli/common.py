@@ -10,6 +10,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duohead import pocket
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -19,6 +21,7 @@ MODEL_FLAGS = ("--dtype", "--device")
 SELECTOR_FLAGS = ("--retrieval-ratio", "--kv-budget", "--threshold")
 WINDOW_FLAGS = ("--sink", "--recent", "--prefill-recent")
 STORAGE_FLAGS = ("--retrieval-dtype", "--streaming-dtype", "--window-dtype", "--keep-all")
+MODELS = f"{', '.join(pocket.NAMES)}, a folder or a hub id"
 DEFAULT_TEXT = "CPython documentation"
 
 
@@ -110,18 +113,16 @@ def selector(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def add_window_flags(parser: Any) -> None:
-    """Add WINDOW_FLAGS: which tokens streaming heads keep and see; None where they are not given."""
-    for flag, what in zip(
-        WINDOW_FLAGS,
-        (
-            "first tokens kept by streaming heads (pattern's own)",
-            "last tokens kept by streaming heads (pattern's own)",
-            "last tokens seen by streaming heads in a prompt (as --recent)",
-        ),
-        strict=True,
-    ):
-        parser.add_argument(flag, type=int, metavar="N", help=what)
+def add_window_flags(parser: Any, flags: Sequence[str] = WINDOW_FLAGS) -> None:
+    """Add some of WINDOW_FLAGS: which tokens streaming heads keep and see; None where they are not given."""
+    helps = (
+        "first tokens kept by streaming heads (pattern's own)",
+        "last tokens kept by streaming heads (pattern's own)",
+        "last tokens seen by streaming heads in a prompt (as --recent)",
+    )
+    for flag, what in zip(WINDOW_FLAGS, helps, strict=True):
+        if flag in flags:
+            parser.add_argument(flag, type=int, metavar="N", help=what)
 
 
 def add_storage_flags(parser: Any) -> None:
@@ -164,11 +165,14 @@ def storage_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_pattern(name: str) -> HeadPattern:
     """The pattern of a folder or hub id; the name of a bundled model stands for the pattern beside it."""
-    from duohead import pocket
     from duohead.pattern import HeadPattern
 
-    bundled = name in pocket.NAMES and not Path(name).exists()
-    return HeadPattern.load(pocket.pattern(name) if bundled else name)
+    return HeadPattern.load(pattern_place(name))
+
+
+def pattern_place(name: str) -> str:
+    """Where a pattern is loaded from: beside the bundled model of that name, else the name itself."""
+    return str(pocket.pattern(name)) if pocket.bundled(name) else name
 
 
 def read_haystack(paths: Sequence[str]) -> tuple[str, list[str]]:

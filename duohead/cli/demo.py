@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from duohead.pocket import NAMES
+from duohead.cli.common import MODELS
 
 FLAGS = ("--text", "--out", "--json", "--model", "--seed")
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="pocket",
         metavar="MODEL",
-        help=f"{', '.join(NAMES)}, a folder or a hub id (%(default)s)",
+        help=f"{MODELS} (%(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of everything random (%(default)s)"
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from duohead.files import check_writable, write_text
     from duohead.identify import haystack
+    from duohead.pocket import NAMES
     from duohead.pocket.loading import load_model
 
     outputs = [path for path in (args.out, args.json) if path is not None]

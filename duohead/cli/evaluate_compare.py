@@ -12,8 +12,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from duohead import pocket
-from duohead.cli.common import add_sample_flags, needle_depths
+from duohead.cli.common import MODELS, add_sample_flags, needle_depths
 
 FLAGS = (
     "--model",
@@ -68,8 +67,7 @@ def _add_scorers(parser: argparse.ArgumentParser) -> None:
     from duohead.identify.scorers import NAMES
 
     add = parser.add_argument
-    models = f"{', '.join(pocket.NAMES)}, a folder or a hub id"
-    add("--model", required=True, metavar="MODEL", help=models)
+    add("--model", required=True, metavar="MODEL", help=MODELS)
     add(
         "--scorers",
         nargs="+",

@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from duohead.cli.common import (
+    MODELS,
     STORAGE_FLAGS,
     WINDOW_FLAGS,
     add_storage_flags,
@@ -19,7 +20,6 @@ from duohead.cli.common import (
     load_pattern,
     storage_fields,
 )
-from duohead.pocket import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,8 +74,7 @@ def add_arguments(kinds: Any) -> None:
 
 def _add_methods(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    models = f"{', '.join(NAMES)}, a folder or a hub id"
-    add("--model", required=True, metavar="MODEL", help=models)
+    add("--model", required=True, metavar="MODEL", help=MODELS)
     add("--pattern", required=True, metavar="FOLDER", help="folder or hub id of its pattern")
     add(
         "--retrieval-ratio",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from duohead.cli.common import (
     MODEL_FLAGS,
+    MODELS,
     STORAGE_FLAGS,
     WINDOW_FLAGS,
     add_model_flags,
@@ -25,7 +26,6 @@ from duohead.cli.common import (
     storage_fields,
     window,
 )
-from duohead.pocket import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,8 +88,7 @@ def add_arguments(kinds: Any) -> None:
 def add_policy_flags(parser: argparse.ArgumentParser, *, draws: int) -> None:
     """Add the flags that say which methods are compared (POLICY_FLAGS)."""
     add = parser.add_argument
-    models = f"{', '.join(NAMES)}, a folder or a hub id"
-    add("--model", required=True, metavar="MODEL", help=models)
+    add("--model", required=True, metavar="MODEL", help=MODELS)
     add(
         "--pattern",
         required=True,

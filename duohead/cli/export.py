@@ -21,6 +21,7 @@ from duohead.cli.common import (
     add_selector_flags,
     add_storage_flags,
     add_window_flags,
+    pattern_place,
     selector,
     storage_fields,
 )
@@ -78,16 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, write, and say what was written."""
-    from duohead import pocket
     from duohead.adapter.load import open_adapter
     from duohead.adapter.save import CARD, write
     from duohead.cli.export_card import card
 
     notes: list[str] = []
-    bundled = args.folder in pocket.NAMES and not Path(args.folder).exists()
     adapter = _portable(
         open_adapter(
-            str(pocket.pattern(args.folder)) if bundled else args.folder,
+            pattern_place(args.folder),
             settings=_settings(args),
             base_model=args.base,
             base_revision=args.base_revision,

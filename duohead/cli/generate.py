@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duohead.cli.common import (
+    MODELS,
     SELECTOR_FLAGS,
     STORAGE_FLAGS,
     WINDOW_FLAGS,
@@ -23,7 +24,6 @@ from duohead.cli.common import (
     selector,
     storage_fields,
 )
-from duohead.pocket import NAMES
 
 FLAGS = (
     "--policy",
@@ -47,7 +47,7 @@ FLAGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb (listed in FLAGS)."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"{', '.join(NAMES)}, a folder or a hub id")
+    add("model", metavar="MODEL", help=MODELS)
     add(
         "--policy",
         "--pattern",  # as evaluate calls it

@@ -20,6 +20,7 @@ from duohead.cli.common import (
     STORAGE_FLAGS,
     add_selector_flags,
     add_storage_flags,
+    add_window_flags,
     at_least,
     load_pattern,
     selector,
@@ -59,15 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a pattern, its hub id, or a bundled model",
     )
     add_selector_flags(parser)
-    parser.add_argument(
-        "--sink", type=int, metavar="N", help="first tokens kept by streaming heads (pattern's own)"
-    )
-    parser.add_argument(
-        "--recent",
-        type=int,
-        metavar="N",
-        help="last tokens kept by streaming heads (pattern's own)",
-    )
+    add_window_flags(parser, ("--sink", "--recent"))
     add_storage_flags(parser)
     parser.add_argument(
         "--tokens",

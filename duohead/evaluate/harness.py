@@ -11,13 +11,13 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from duohead.evaluate.needle import policy_facts
-from duohead.evaluate.recording import AsRecord
+from duohead.evaluate.recording import AsRecord, recorder
 from duohead.evaluate.scoring import using
-from duohead.record import Record, record
+from duohead.record import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -325,8 +325,8 @@ def _scores(task: str, metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 def harness_recorder(*, model: str, dtype: Any, options: HarnessOptions) -> AsRecord:
     """Makes records of rows: `impl` is the method; settings of the run and lm-eval's version are in each."""
-    made = record(op=OP, impl="", numbers={}, dtype=dtype)
-    versions = {**made.versions, "lm_eval": require_lm_eval()}
+    plain = recorder(op=OP, numbers=("scores", *_TAKEN), model=model, dtype=dtype)
+    lm_eval = require_lm_eval()
     settings = {
         item.name: getattr(options, item.name)
         for item in fields(HarnessOptions)
@@ -334,16 +334,13 @@ def harness_recorder(*, model: str, dtype: Any, options: HarnessOptions) -> AsRe
     }
 
     def as_record(row: HarnessRow) -> Record:
-        values = asdict(row)
-        method, policy, scores = (values.pop(name) for name in ("method", "policy", "scores"))
-        taken = {name: values.pop(name) for name in _TAKEN}
+        made = plain(row)
+        taken = {name: made.numbers[name] for name in _TAKEN}
         return replace(
             made,
-            impl=method,
-            policy=policy,
-            shape={"model": model, **values, **settings},
-            numbers={**scores, **taken},
-            versions=versions,
+            shape={**made.shape, **settings},
+            numbers={**made.numbers["scores"], **taken},
+            versions={**made.versions, "lm_eval": lm_eval},
         )
 
     return as_record

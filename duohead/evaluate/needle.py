@@ -30,6 +30,7 @@ from duohead.evaluate.scoring import (
 )
 from duohead.evaluate.speed import Speed, measure
 from duohead.evaluate.tasks import TASKS
+from duohead.formats import PRECISIONS
 from duohead.policy import HeadPolicy
 from duohead.shapes import text_config
 
@@ -51,9 +52,8 @@ __all__ = [
     "using",
 ]
 
-
-WINDOW = ("sink", "recent", "prefill_recent")
-STORAGE = ("retrieval_dtype", "streaming_dtype", "window_dtype", "evict")
+_WINDOW = ("sink", "recent", "prefill_recent")
+_STORAGE = (*PRECISIONS, "evict")
 
 
 @dataclass(frozen=True)
@@ -234,13 +234,13 @@ def policy_facts(policy: HeadPolicy | None) -> dict[str, Any]:
     Everything but the ratio is None for full attention, and so are the windows of a policy that does not evict.
     """
     if policy is None:
-        return {"retrieval_ratio": 1.0, **dict.fromkeys((*WINDOW, *STORAGE, "policy"))}
+        return {"retrieval_ratio": 1.0, **dict.fromkeys((*_WINDOW, *_STORAGE, "policy"))}
     prompts = policy.recent if policy.prefill_recent is None else policy.prefill_recent
     windows = (policy.sink, policy.recent, prompts) if policy.evict else (None, None, None)
     return {
         "retrieval_ratio": policy.retrieval_ratio,
-        **dict(zip(WINDOW, windows, strict=True)),
-        **{name: getattr(policy, name) for name in STORAGE},
+        **dict(zip(_WINDOW, windows, strict=True)),
+        **{name: getattr(policy, name) for name in _STORAGE},
         "policy": policy.digest(),
     }
 

@@ -6,7 +6,6 @@ The table and the tensors say the same twice, so that a folder which was edited 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from duohead.formats.parts import (
     check_range,
     first_line,
     integer,
+    json_bytes,
     optional,
     read_tsv,
     window,
@@ -62,7 +62,7 @@ def contents(fields: Mapping[str, Any]) -> dict[str, bytes]:
     return {
         TENSORS: save({k: np.ascontiguousarray(v) for k, v in tensors.items() if v is not None}),
         TSV: ("\n".join(rows) + "\n").encode(),
-        CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode(),
+        CONFIG: json_bytes(config),
     }
 
 

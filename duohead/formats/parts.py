@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duohead.shapes import check_window
+from duohead.storage import is_int
 
 CONFIG, TSV, TENSORS = "config.json", "full_attention_heads.tsv", "duohead.safetensors"
 
@@ -79,13 +80,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """What a file holds that `read_json` reads as this."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
 def integer(config: Mapping[str, Any], key: str, path: Path, *, minimum: int) -> int:
     """An integer of a config."""
     value = config.get(key)
     # Some writers turn 128 into 128.0.
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not is_int(value) or value < minimum:
         found = "nothing" if key not in config else repr(value)
         raise ValueError(
             f"{path}: {key} must be an integer >= {minimum}, got {found}; correct it there"

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from duohead.files import write_bytes, write_text
+from duohead.files import last_existing, write_bytes, write_text
 from duohead.identify.gates import Gates
 from duohead.identify.stability import Stability
 from duohead.record import read_records
@@ -45,7 +45,7 @@ class RunFolder:
         self, folder: str | Path, identity: Mapping[str, Any], *, restart: bool = False
     ) -> None:
         self.folder = Path(folder)
-        last = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        last = last_existing(self.folder)
         if not last.is_dir():
             got = "the file" if last == self.folder else "one below the file"
             raise ValueError(f"out must be a folder, got {got} {str(last)!r}; name another")

@@ -18,6 +18,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Tokens of text for each token of a context: enough that samples differ, few enough that books stay partly unread.
+PER_CONTEXT = 16
 _BLOCK = 65536
 # Shorter pieces of many texts would make a context of fragments.
 _PIECE = 2048

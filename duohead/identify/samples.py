@@ -82,7 +82,7 @@ class StepSamples:
         Raises ValueError if needles do not fit, which must not be found out in the middle of a run.
         """
         turns = len(self._makes)
-        for turn in range(min(turns, count)):
+        for turn in range(turns):
             for step in sorted(range(turn, count, turns), key=self.context_length)[:_PROBED]:
                 _ = self[step]
 

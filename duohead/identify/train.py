@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from duohead.identify.assembly import Sample
     from duohead.pattern import HeadPattern
 
-# Enough text that samples differ, little enough that a library of books need not be tokenised whole.
-_TEXT_PER_CONTEXT = 16
 # About as many columns as a picture of the gates over time has.
 _LOGGED_GATES = 200
 
@@ -92,7 +90,7 @@ def identify(
         ranks.check(layer_shapes(model), text_config(model))
         longest = options.longest(getattr(text_config(model), "max_position_embeddings", None))
         ids = haystack.tokens(
-            text, tokenizer, at_least=longest, at_most=_TEXT_PER_CONTEXT * longest
+            text, tokenizer, at_least=longest, at_most=haystack.PER_CONTEXT * longest
         )
         dataset = training_samples(tokenizer, ids, options, longest, samples_per_step=ranks.samples)
         folder = None

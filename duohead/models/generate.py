@@ -85,8 +85,7 @@ def generate(
         chunk: tokens per prefill forward, None for all at once; only ``visibility="chunk"`` sees a difference.
         progress: called with the number of prompt tokens done after every chunk.
         engine: "graph" or "compiled" for an engine that stays with the model until it is disabled (or needs another
-            one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it
-            and the weights are in one process.
+            one), "transformers" for ``model.generate``, "auto" for "graph" on a CUDA device where the options allow it.
             An `Engine` of your own goes on with the text it holds: ``input_ids`` is then the whole text so far, of
             which it feeds what is new; ``reset()`` it for another text. What is refused leaves it as it was; an error
             or an interruption on the way leaves it empty, and the whole text may be passed again.

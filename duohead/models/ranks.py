@@ -16,6 +16,7 @@ import torch
 
 from duohead.policy import HeadPolicy, LayerPolicy
 from duohead.shapes import LayerShape
+from duohead.storage import is_int
 
 Orders = tuple[tuple[int, ...], ...]
 Layer = TypeVar("Layer", LayerPolicy, LayerShape)
@@ -145,7 +146,7 @@ def in_order(policy: HeadPolicy, *, ranks: int = 1) -> HeadPolicy:
 
 
 def _check_ranks(policy: HeadPolicy, ranks: int) -> None:
-    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+    if not is_int(ranks) or ranks < 1:
         raise ValueError(f"ranks must be an integer >= 1, got {ranks!r}")
     for index, layer in enumerate(policy.layers):
         if layer.num_kv_heads % ranks:

@@ -27,7 +27,7 @@ def own_heads(model: Any, policy: HeadPolicy) -> HeadPolicy:
     Raises:
         ValueError: the processes do not run equal runs of every layer's KV heads.
     """
-    mesh = mesh_of(model)
+    mesh = _mesh_of(model)
     if mesh is None:
         return policy
     heads = {index: layer.num_kv_heads for index, layer in enumerate(policy.layers)}
@@ -43,7 +43,7 @@ def own_heads(model: Any, policy: HeadPolicy) -> HeadPolicy:
     return rank_policy(policy, mesh.get_local_rank(), ranks=mesh.size())
 
 
-def mesh_of(model: nn.Module) -> Any:
+def _mesh_of(model: nn.Module) -> Any:
     """The processes over which the weights of attention layers are spread (a DeviceMesh), or None."""
     if not (dist.is_available() and dist.is_initialized()):
         return None

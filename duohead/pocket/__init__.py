@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 NAMES = ("pocket", "pocket-mha", "pocket-laguna")
 
 
+def bundled(name: str | None) -> bool:
+    """Whether a name means a bundled model: it is one's, and there is no file or folder here that is called so."""
+    return name in NAMES and not Path(name).exists()
+
+
 def folder(name: str) -> Path:
     """Folder of a bundled model (readable by transformers' Auto classes); ValueError for an unknown name."""
     if name not in NAMES:

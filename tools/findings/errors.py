@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from duohead.evaluate.needle import evaluate_needle
-
 if TYPE_CHECKING:
     from duohead.policy import HeadPolicy
     from tools.findings.lab import Lab
@@ -24,17 +22,7 @@ def errors(lab: Lab) -> None:
     for ratio in lab.ratios or RATIOS:
         base = pattern.policy(retrieval_ratio=ratio)
         policies = {"full": None, "duo": base, **_promoted(base)}
-        result = evaluate_needle(
-            lab.model,
-            lab.tokenizer,
-            lab.held_out,
-            policies=policies,
-            tasks=TASKS,
-            lengths=lab.effort.lengths,
-            depths=lab.effort.depths,
-            samples=lab.effort.samples,
-            batch=lab.effort.batch,
-        )
+        result = lab.answers(policies, tasks=TASKS)
         for task in TASKS:
             gains = {name: 100 * result.mean(method=name, task=task) for name in policies}
             alone = gains.pop("duo")

@@ -16,14 +16,12 @@ from unittest import mock
 
 from torch import Tensor
 
-from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.tasks import TASKS
 from duohead.identify import IdentifyOptions, haystack, train
 from duohead.identify.options import TASKS as TRAINING_TASKS
 from duohead.identify.scorers import score
 from duohead.identify.stability import Stability
-from tools.findings.lab import RATIOS, RECENT, SINK
-from tools.findings.steps import chosen
+from tools.findings.lab import RATIOS, RECENT, SINK, chosen
 
 if TYPE_CHECKING:
     from duohead import HeadPattern, HeadPolicy
@@ -79,10 +77,9 @@ def _pressed(course: Course | None) -> AbstractContextManager[Any]:
 
 def gates(lab: Lab) -> None:
     """Train and score the lab's part of all ways and seeds; full attention is scored as one of them."""
-    first, every = lab.part
     units = [(None, 0), *itertools.product(WAYS, lab.seeds)]
     scored: dict[HeadPolicy | None, dict[str, Any]] = {}
-    for way, seed in units[first - 1 :: every]:
+    for way, seed in lab.share(units):
         if way is None:
             _score(lab, [None], scored)
             _note(lab, scored[None], way=FULL, seed=seed, ratio=1.0)
@@ -123,18 +120,7 @@ def _score(
     new = {str(n): x for n, x in enumerate(dict.fromkeys(policies)) if x not in scored}
     if not new:
         return
-    effort = lab.effort
-    result = evaluate_needle(
-        lab.model,
-        lab.tokenizer,
-        lab.held_out,
-        policies=new,
-        tasks=list(TASKS),
-        lengths=effort.lengths,
-        depths=DEPTHS,
-        samples=effort.samples,
-        batch=effort.batch,
-    )
+    result = lab.answers(new, tasks=list(TASKS), depths=DEPTHS)
     for name, policy in new.items():
         own = result.select(method=name)
         cells = {

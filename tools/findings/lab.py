@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,16 +29,19 @@ from duohead.identify.stability import Stability
 from duohead.identify.train import train_gates
 from duohead.pocket.loading import load_model
 from duohead.record import write_record
+from tools import finding_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from duohead.evaluate.results import NeedleResult
     from duohead.policy import HeadPolicy
 
+T = TypeVar("T")
 SINK, RECENT = 64, 256
 RATIOS = (0.5, 0.25, 0.125)
 # Formats that full attention of both pocket models answers, and that differ in key, value and wording.
-RETRIEVAL = ("passkeys", "needle", "number", "keyvalue")
+RETRIEVAL = finding_records.TASKS
 MakeSample = Callable[[torch.Generator], Sample]
 
 
@@ -139,6 +142,11 @@ class Lab:
             )
         return HeadPattern.load(self.pattern or pocket.pattern(self.name)).validate(self.model)
 
+    def share(self, units: Iterable[T]) -> list[T]:
+        """Those of a question's units that are this process's part."""
+        part, parts = self.part
+        return list(units)[part - 1 :: parts]
+
     def passkeys(self, *, length: int = 1280, **options: Any) -> MakeSample:
         """Samples of the paper's task; ``options`` are those of `passkey_sample`."""
         return lambda generator: passkey_sample(
@@ -217,22 +225,34 @@ class Lab:
         model: PreTrainedModel | None = None,
     ) -> dict[str, dict[str, float]]:
         """Exact match on the held-out text, by policy and task, in percent."""
+        result = self.answers(policies, tasks=tasks, lengths=lengths, model=model)
+        return {
+            name: {task: 100 * result.mean(method=name, task=task) for task in tasks}
+            for name in policies
+        }
+
+    def answers(
+        self,
+        policies: Mapping[str, HeadPolicy | None],
+        *,
+        tasks: Sequence[str],
+        lengths: Sequence[int] | None = None,
+        depths: Sequence[float] | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> NeedleResult:
+        """What policies answer on the held-out text; lengths and depths are the effort's unless given."""
         effort = self.effort
-        result = evaluate_needle(
+        return evaluate_needle(
             model or self.model,
             self.tokenizer,
             self.held_out,
             policies=policies,
             tasks=tasks,
             lengths=lengths or effort.lengths,
-            depths=effort.depths,
+            depths=depths or effort.depths,
             samples=effort.samples,
             batch=effort.batch,
         )
-        return {
-            name: {task: 100 * result.mean(method=name, task=task) for task in tasks}
-            for name in policies
-        }
 
     def note(
         self,
@@ -274,15 +294,15 @@ def digest(pattern: HeadPattern) -> str:
     return hashlib.sha256(f"{alpha.shape}".encode() + alpha.tobytes()).hexdigest()[:12]
 
 
+def chosen(policy: HeadPolicy) -> list[str]:
+    """The retrieval heads of a policy, each as "layer.head"."""
+    return [f"{n}.{head}" for n, layer in enumerate(policy.layers) for head in layer.retrieval]
+
+
 def overlap(first: HeadPattern, second: HeadPattern, ratio: float) -> float:
     """Share of the retrieval heads at ``ratio`` that two patterns have in common, 0 to 1."""
     mine, theirs = (
-        {
-            (layer, head)
-            for layer, kind in enumerate(pattern.policy(retrieval_ratio=ratio).layers)
-            for head in kind.retrieval
-        }
-        for pattern in (first, second)
+        set(chosen(pattern.policy(retrieval_ratio=ratio))) for pattern in (first, second)
     )
     return len(mine & theirs) / len(mine)
 

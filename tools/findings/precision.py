@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.prose import evaluate_prose
 from tools.findings.lab import RECENT, RETRIEVAL, SINK
 
@@ -79,8 +78,7 @@ def cases(ratios: Sequence[float]) -> Iterator[Case]:
 def precision(lab: Lab) -> None:
     """Measure every case of the lab's part, a record for each length."""
     pattern = lab.bundled()
-    first, every = lab.part
-    for case in list(cases(lab.ratios or RATIOS))[first - 1 :: every]:
+    for case in lab.share(cases(lab.ratios or RATIOS)):
         policy = case.policy(pattern)
         # Where all heads are alike, the pattern has no say.
         ranked = pattern if case.ratio < 1 else None
@@ -112,17 +110,7 @@ def _measured(lab: Lab, policy: HeadPolicy | None) -> dict[int, dict[str, Any]]:
         }
         for row in prose.rows
     }
-    needles = evaluate_needle(
-        lab.model,
-        lab.tokenizer,
-        lab.held_out,
-        policies=policies,
-        tasks=RETRIEVAL,
-        lengths=effort.lengths,
-        depths=effort.depths,
-        samples=effort.samples,
-        batch=effort.batch,
-    )
+    needles = lab.answers(policies, tasks=RETRIEVAL)
     for length in effort.lengths:
         right = {task: 100 * needles.mean(task=task, length=length) for task in RETRIEVAL}
         taken = needles.kv_bytes(length=length)

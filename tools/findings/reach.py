@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from duohead import HeadPattern
-from duohead.evaluate.needle import evaluate_needle
 from duohead.evaluate.tasks import TASKS
 from duohead.identify import haystack
 from duohead.identify.scorers import score
@@ -91,14 +90,4 @@ def _note(
 
 def scored(lab: Lab, policy: HeadPolicy | None, length: int) -> NeedleResult:
     """All tasks on the held-out text, in contexts of this length."""
-    return evaluate_needle(
-        lab.model,
-        lab.tokenizer,
-        lab.held_out,
-        policies={"duo": policy},
-        tasks=list(TASKS),
-        lengths=(length,),
-        depths=DEPTHS,
-        samples=lab.effort.samples,
-        batch=lab.effort.batch,
-    )
+    return lab.answers({"duo": policy}, tasks=list(TASKS), lengths=(length,), depths=DEPTHS)

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from duohead.identify import IdentifyOptions, haystack, identify
 from duohead.record import write_record
-from tools.findings.lab import RATIOS, RECENT, SINK
+from tools.findings.lab import RATIOS, RECENT, SINK, chosen
 
 if TYPE_CHECKING:
-    from duohead import HeadPolicy
     from tools.findings.lab import Lab
 
 EVALUATED_AT = 8192
@@ -43,15 +42,9 @@ def settings() -> Iterator[tuple[str, IdentifyOptions]]:
         yield f"{steps} steps, target 0.04", replace(LONG, steps=steps, target=0.04)
 
 
-def chosen(policy: HeadPolicy) -> list[str]:
-    """The retrieval heads of a policy, each as "layer.head"."""
-    return [f"{n}.{head}" for n, layer in enumerate(policy.layers) for head in layer.retrieval]
-
-
 def steps(lab: Lab) -> None:
     """Selected heads and exact match of the lab's part of all settings."""
-    first, every = lab.part
-    for name, options in list(settings())[first - 1 :: every]:
+    for name, options in lab.share(settings()):
         done: list[object] = []
         began = time.perf_counter()
         pattern = identify(

@@ -24,8 +24,6 @@ from duohead.shapes import layer_shapes, text_config
 
 # Numbers in the largest tensor that `weights` makes: 256 MiB in fp32.
 BLOCK = 1 << 26
-# Enough text that passages differ, little enough that a library of books need not be tokenised whole.
-TEXT_PER_CONTEXT = 16
 
 Statistic = Callable[[Tensor, Tensor, Scores], Tensor]
 
@@ -181,7 +179,7 @@ def excerpts(
 
     Raises ValueError if the text is shorter than one passage.
     """
-    ids = haystack.tokens(text, tokenizer, at_least=length, at_most=TEXT_PER_CONTEXT * length)
+    ids = haystack.tokens(text, tokenizer, at_least=length, at_most=haystack.PER_CONTEXT * length)
     places = torch.randint(len(ids) - length + 1, (count,), generator=generator).tolist()
     return [ids[place : place + length] for place in places]
 

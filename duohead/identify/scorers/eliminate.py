@@ -29,8 +29,6 @@ from duohead.shapes import layer_shapes
 
 DEFAULT_CONTEXT = 8192
 MOST_QUESTIONS = 6
-# Enough text that quizzes differ, little enough that a library of books need not be tokenised whole.
-_TEXT_PER_CONTEXT = 16
 
 # What the kinds of `quiz.KINDS` count for: prose decides where answers are equally safe.
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.1)
@@ -277,7 +275,7 @@ def _quizzes(
     window = options.sink + options.recent
     longest = context_length(model, options.context, default=DEFAULT_CONTEXT, window=window)
     shortest = min(options.context_min, longest)
-    ids = haystack.tokens(text, tokenizer, at_least=longest, at_most=_TEXT_PER_CONTEXT * longest)
+    ids = haystack.tokens(text, tokenizer, at_least=longest, at_most=haystack.PER_CONTEXT * longest)
 
     def drawn(each: int) -> list[Quiz]:
         generator = torch.Generator().manual_seed(options.seed)
